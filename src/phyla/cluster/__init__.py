@@ -1,0 +1,1 @@
+"""Embeddings or images in, an assignment out."""

@@ -1,0 +1,1 @@
+"""Modules that know no method: encoders, heads, memory."""

@@ -1,0 +1,1 @@
+"""An assignment in, a better assignment out."""

@@ -1,0 +1,1 @@
+"""A page a person can act on, and its figures."""

@@ -1,0 +1,1 @@
+"""Bookkeeping shared by every trained method: the generator of steps, schedules, the device."""

@@ -1,0 +1,161 @@
+"""The nouns that stages hand to one another. Arrays between stages are NumPy; tensors live inside a stage."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+from torch import Tensor
+
+from phyla.errors import InputError
+from phyla.storage import array_fingerprint, fingerprint
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """Images of one size, and a name for each: pixels, never labels.
+
+    Parameters
+    ----------
+    pixels : uint8 (n_images, height, width, 3), RGB; an array, a memory map or a tensor on any device
+    ids : one name an image, unique: a relative path with forward slashes, or a running number
+    name : what the set is called in reports
+    """
+
+    pixels: np.ndarray | Tensor
+    ids: Sequence[str]
+    name: str = "images"
+
+    def __post_init__(self) -> None:
+        shape, dtype = tuple(self.pixels.shape), str(self.pixels.dtype).removeprefix("torch.")
+        if len(shape) != 4 or shape[3] != 3 or dtype != "uint8":
+            raise InputError(f"images must be uint8 (n, height, width, 3), got {dtype} {shape}",
+                             "phyla.images.sources.from_array converts other layouts")
+        if len(self.ids) != shape[0]:
+            raise InputError(f"{shape[0]} images need {shape[0]} ids, got {len(self.ids)}")
+        if len(set(self.ids)) != len(self.ids):
+            raise InputError("image ids must be unique, and some are not")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return int(self.pixels.shape[1]), int(self.pixels.shape[2])
+
+    @property
+    def array(self) -> np.ndarray:
+        """The pixels as a NumPy array or memory map, (n_images, height, width, 3) uint8."""
+        return self.pixels.cpu().numpy() if isinstance(self.pixels, Tensor) else self.pixels
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits of the pixels and the ids; a cache is valid for one fingerprint."""
+        return fingerprint(array_fingerprint(self.array), list(self.ids))
+
+    def select(self, rows: np.ndarray) -> "ImageSet":
+        """Return the images of ``rows`` (integer indices), in that order."""
+        return ImageSet(self.pixels[rows], [self.ids[int(i)] for i in rows], self.name)
+
+
+@dataclass(frozen=True, eq=False)
+class Embeddings:
+    """One vector an image: ``values`` float32 (n_images, n_features), rows in the order of ``ids``."""
+
+    values: np.ndarray
+    ids: Sequence[str]
+
+    def __post_init__(self) -> None:
+        if self.values.ndim != 2 or len(self.values) != len(self.ids):
+            raise InputError(f"embeddings must be ({len(self.ids)}, n_features), got {self.values.shape}")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits of the values and the ids."""
+        return fingerprint(array_fingerprint(self.values), list(self.ids))
+
+
+@dataclass(frozen=True, eq=False)
+class Neighbors:
+    """The nearest other images of every image, nearest first.
+
+    Parameters
+    ----------
+    indices : int64 (n_images, n_neighbors), never the row itself
+    similarities : float32 (n_images, n_neighbors), cosine unless said otherwise, falling along a row
+    """
+
+    indices: np.ndarray
+    similarities: np.ndarray
+
+    def __post_init__(self) -> None:
+        if self.indices.ndim != 2 or self.indices.shape != self.similarities.shape:
+            raise InputError(f"neighbors need indices and similarities of one (n, k) shape, got {self.indices.shape} "
+                             f"and {self.similarities.shape}")
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @property
+    def n_neighbors(self) -> int:
+        """Neighbors stored for each image."""
+        return int(self.indices.shape[1])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits of the indices."""
+        return array_fingerprint(self.indices)
+
+
+@dataclass(frozen=True, eq=False)
+class Assignment:
+    """A cluster for every image: ``probabilities`` float32 (n_images, n_clusters), rows summing to 1."""
+
+    probabilities: np.ndarray
+    ids: Sequence[str]
+
+    def __post_init__(self) -> None:
+        if self.probabilities.ndim != 2 or len(self.probabilities) != len(self.ids):
+            raise InputError(f"probabilities must be ({len(self.ids)}, n_clusters), got {self.probabilities.shape}")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def n_clusters(self) -> int:
+        """Columns of the assignment, empty clusters included."""
+        return int(self.probabilities.shape[1])
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """The most probable cluster of each image, int64 (n_images,)."""
+        return self.probabilities.argmax(axis=1).astype(np.int64)
+
+    @cached_property
+    def confidence(self) -> np.ndarray:
+        """The largest probability of each image, float32 (n_images,)."""
+        return self.probabilities.max(axis=1)
+
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        """Images in each cluster, int64 (n_clusters,)."""
+        return np.bincount(self.labels, minlength=self.n_clusters)
+
+    def top(self, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the ``n`` most probable clusters of each image and their probabilities, (n_images, n) each."""
+        order = np.argsort(-self.probabilities, axis=1, kind="stable")[:, :n]
+        return order, np.take_along_axis(self.probabilities, order, axis=1)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Named numbers about one assignment: ``values`` maps a full name (``hungarian_accuracy``) to a float."""
+
+    method: str
+    split: str
+    n_images: int
+    values: Mapping[str, float] = field(default_factory=dict)
