@@ -48,9 +48,9 @@ def shown_by(display: Display) -> Iterator[None]:
 
 @contextmanager
 def bar(description: str, *, total: int | None, unit: str = "it", done: int = 0) -> Iterator[Bar]:
-    """Open a bar for a long step; silent when no display is installed."""
+    """Open a bar for a long step; silent when no display is installed, or without a description."""
     display = _display.get()
-    if display is None:
+    if display is None or not description:
         yield _Silent()
         return
     opened = display.start(description, total, unit, done)

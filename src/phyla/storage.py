@@ -1,16 +1,25 @@
-"""Files written whole or not at all, and fingerprints of what made them."""
+"""Files written whole or not at all, files read without trust, and fingerprints of what made them."""
 
 import errno
+import glob
 import hashlib
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+import re
+import tokenize
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from phyla.errors import CorruptFileError, StorageError
+from phyla.errors import CorruptFileError, InputError, StorageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @contextmanager
@@ -30,19 +39,32 @@ def atomic(path: Path | str) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        with temporary.open("rb") as written:
+        with temporary.open("r+b") as written:  # Windows flushes only what is open for writing
             os.fsync(written.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
         if isinstance(error, StorageError) or error.errno not in _WRITE_ERRORS:
             raise
         raise storage_error(path, error) from error
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
         raise
 
 
+def _remove(path: Path) -> None:
+    with suppress(OSError):  # what stopped the writing may also stop this, and is the error to report
+        path.unlink(missing_ok=True)
+
+
+def remove_partial(path: Path | str) -> None:
+    """Delete what writers of ``path`` that were killed have left beside it."""
+    path = Path(path)
+    for partial in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        _remove(partial)
+
+
+_AGAIN = "delete it and give the command again"
 _WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EFBIG,
                  errno.ENAMETOOLONG, errno.EIO, errno.EEXIST}
 
@@ -52,7 +74,8 @@ def storage_error(path: Path, error: OSError) -> StorageError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return StorageError(f"no space left while writing {path}",
                             "free some space and give the same command again: it goes on where it was")
-    return StorageError(f"cannot write {path}: {error.strerror or error}", "choose a place you may write with --out")
+    reason = "its folder is a file" if error.errno == errno.EEXIST else error.strerror or error
+    return StorageError(f"cannot write {path}: {reason}", "choose a place you may write with --out")
 
 
 def write_bytes(path: Path | str, data: bytes) -> None:
@@ -71,14 +94,14 @@ def write_json(path: Path | str, value: object) -> None:
     write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=True) + "\n")
 
 
-def read_json(path: Path | str) -> dict[str, object]:
+def read_json(path: Path | str) -> dict[str, Any]:
     """Return the JSON object in ``path``; CorruptFileError when it is not one."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CorruptFileError(f"{path} is not readable JSON ({error})", "delete it and give the command again") from error
+        raise CorruptFileError(f"{path} is not readable JSON ({error})", _AGAIN) from error
     if not isinstance(value, dict):
-        raise CorruptFileError(f"{path} holds no JSON object", "delete it and give the command again")
+        raise CorruptFileError(f"{path} holds no JSON object", _AGAIN)
     return value
 
 
@@ -92,14 +115,90 @@ def read_array(path: Path | str) -> np.ndarray:
     """Return the array in a .npy file; CorruptFileError when it is damaged."""
     try:
         return np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise CorruptFileError(f"{path} is not a readable array ({error})", "delete it and give the command again") from error
+    except (ValueError, EOFError, tokenize.TokenError) as error:
+        raise CorruptFileError(f"{path} is not a readable array ({error})", _AGAIN) from error
+
+
+def write_tensors(path: Path | str, tensors: "Mapping[str, Tensor]") -> None:
+    """Write named tensors, from any device, as a .safetensors file, whole or not at all."""
+    from safetensors.torch import save
+
+    write_bytes(path, save({name: value.detach().cpu().contiguous() for name, value in tensors.items()}))
+
+
+def write_checkpoint(path: Path | str, value: object) -> None:
+    """Write tensors, numbers, text and lists and dicts of them with ``torch.save``, whole or not at all."""
+    import torch
+
+    with atomic(path) as temporary, temporary.open("wb") as out:
+        try:
+            torch.save(value, out)
+        except RuntimeError as error:
+            raise _cause(error) from error
+
+
+def _cause(error: RuntimeError) -> Exception:
+    # torch's writer reports a failed write in words of its own; the system's error is underneath, or was lost.
+    under = error.__context__
+    if isinstance(under, OSError):
+        return OSError(under.errno, under.strerror)
+    lost = re.search("unexpected pos|failed writing|write failed|no space left", str(error), re.IGNORECASE)
+    return OSError(errno.ENOSPC, "No space left on device") if lost else error
+
+
+Allowed = Callable[..., object] | tuple[Callable[..., object], str]
+
+
+def read_checkpoint(path: Path | str, *, hint: str, allowed: Sequence[Allowed] = (), verify: bool = False) -> object:
+    """Return what ``torch.save`` wrote to ``path``, on the CPU; no code in the file is run.
+
+    Parameters
+    ----------
+    hint : what to do about a damaged file
+    allowed : functions and classes that the file may name besides torch's own, or (function, name in the file)
+    verify : compare all bytes with their checksums, which torch writes and does not read
+
+    Raises
+    ------
+    CorruptFileError
+        The file is damaged or something else.
+    InputError
+        The file names a function or class that is not allowed, or may not be opened.
+    """
+    import torch
+
+    try:
+        if verify:
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():
+                    raise ValueError(f"wrong checksum of {damaged}")
+        with warnings.catch_warnings(), torch.serialization.safe_globals(list(allowed)):
+            warnings.simplefilter("ignore")  # torch remarks on odd bytes before it refuses them
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise InputError(f"{path} cannot be opened: {error.strerror or error}", hint) from error
+    except Exception as error:  # damaged bytes make torch's readers raise nearly anything
+        if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise InputError(f"{path} names {refused[1]}, which is code and not weights: it was refused and not run",
+                             "use only files from a source you trust") from error
+        told = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise CorruptFileError(f"{path} cannot be read ({told})", hint) from error
 
 
 def fingerprint(*parts: object) -> str:
-    """Return 16 hex digits that change when any of the JSON-able ``parts`` changes."""
-    text = json.dumps(parts, sort_keys=True, default=str)
+    """Return 16 hex digits that change when any of the ``parts`` changes: plain values, arrays and paths."""
+    text = json.dumps(parts, sort_keys=True, default=_plain)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, np.ndarray):
+        return array_fingerprint(value)  # its text would leave the middle of it out
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, PurePath):
+        return value.as_posix()
+    raise TypeError(f"{type(value).__name__} has no lasting fingerprint; give its values")
 
 
 def array_fingerprint(array: np.ndarray) -> str:

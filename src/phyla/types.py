@@ -10,6 +10,9 @@ from torch import Tensor
 from phyla.errors import InputError
 from phyla.storage import array_fingerprint, fingerprint
 
+SUM_TOLERANCE = 1e-2
+"""How far from 1 a row of probabilities may sum: wide enough for float16 and a thousand clusters."""
+
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
@@ -96,6 +99,19 @@ class Neighbors:
         if self.indices.ndim != 2 or self.indices.shape != self.similarities.shape:
             raise InputError(f"neighbors need indices and similarities of one (n, k) shape, got {self.indices.shape} "
                              f"and {self.similarities.shape}")
+        if self.indices.size:
+            self._validate()
+
+    def _validate(self) -> None:
+        n = len(self.indices)
+        if not np.issubdtype(self.indices.dtype, np.integer):
+            raise InputError(f"neighbors must be integer indices, got {self.indices.dtype}")
+        if self.indices.min() < 0 or self.indices.max() >= n:
+            raise InputError(f"neighbors of {n} images must be 0 to {n - 1}, got {self.indices.min()} to "
+                             f"{self.indices.max()}", "they belong to another set, or the search found too few")
+        if itself := int((self.indices == np.arange(n)[:, None]).any(axis=1).sum()):
+            raise InputError(f"an image is not its own neighbor, and {itself} are",
+                             "leave the image itself out, often the first column")
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -121,6 +137,11 @@ class Assignment:
     def __post_init__(self) -> None:
         if self.probabilities.ndim != 2 or len(self.probabilities) != len(self.ids):
             raise InputError(f"probabilities must be ({len(self.ids)}, n_clusters), got {self.probabilities.shape}")
+        off = ~(np.abs(self.probabilities.sum(axis=1, dtype=np.float64) - 1) < SUM_TOLERANCE)  # NaN is off, too
+        if off.any() or (len(self) and self.probabilities.min() < 0):
+            row = int(off.argmax())
+            raise InputError(f"rows of probabilities must sum to 1 and have no negative number, {int(off.sum())} of "
+                             f"{len(self)} do not; row {row} sums to {self.probabilities[row].sum():.4g}")
 
     def __len__(self) -> int:
         return len(self.ids)

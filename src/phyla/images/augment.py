@@ -1,0 +1,304 @@
+"""Views of images: what is drawn for each image, and recipes that draw and apply it on the device of the pixels.
+
+A view is made in two steps. ``Views.draw`` takes from a generator everything random, one row an image; ``Views.render``
+applies it and draws nothing. The generator may live on the CPU while the pixels are on a GPU: the views are then those
+a CPU would make, and no step waits for the GPU.
+
+The strong views are those of SCAN (van Gansbeke et al. 2020, authors' code), the contrastive ones SimCLR's as SCAN
+used them (no blur), and ``ruc_*`` those of RUC (Park et al. 2021, authors' code).
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from jaxtyping import Bool, Float, Int, UInt8
+from torch import Tensor
+
+from phyla.errors import InputError, nearest
+from phyla.images import draws, geometry
+from phyla.images import operations as pixelwise
+from phyla.images.draws import JITTER
+from phyla.images.operations import Factors, Images, fill_box, luma, normalize, to_float
+
+Kind = Literal["plain", "weak", "simclr", "strong", "ruc_weak", "ruc_strong"]
+
+OPERATIONS: Mapping[str, Callable[[Images, Factors], Images]] = {
+    "identity": lambda images, _: images,
+    "autocontrast": lambda images, _: pixelwise.autocontrast(images),
+    "equalize": lambda images, _: pixelwise.equalize(images),
+    "rotate": geometry.rotate,
+    "solarize": pixelwise.solarize,
+    "color": pixelwise.color,
+    "contrast": pixelwise.contrast,
+    "brightness": pixelwise.brightness,
+    "sharpness": pixelwise.sharpness,
+    "shear_x": geometry.shear_x,
+    "translate_x": geometry.translate_x,
+    "translate_y": geometry.translate_y,
+    "posterize": pixelwise.posterize,
+    "shear_y": geometry.shear_y,
+    "hue": pixelwise.adjust_hue,
+}
+"""Each operation by name: images and one magnitude an image to images."""
+
+STRONG = tuple(name for name in OPERATIONS if name != "hue")
+"""The fourteen operations of the strong views of SCAN and of RUC."""
+
+# Values worked on together. Temporaries above about a megabyte cost a CPU its cache and a page fault a page, which
+# made some operations five times slower; a GPU is only limited by its memory.
+_CPU_BLOCK, _DEVICE_BLOCK = 1 << 19, 1 << 27
+
+
+class Draws(NamedTuple):
+    """Everything random about a batch of views, one row a view.
+
+    Parameters
+    ----------
+    box : int64 (batch, 4), top, left, height, width of the crop in pixels
+    flip : bool (batch,), mirrored left to right after the crop
+    ids : int64 (batch, n_operations), places in the kind's tuple of operations, in order; -1 for none
+    magnitudes : float32 (batch, n_operations), in the unit of the operation
+    grey : bool (batch,), made grey after the operations
+    hole : int64 (batch, 4), top, bottom, left, right of the filled box; empty where bottom <= top or right <= left
+    """
+
+    box: Int[Tensor, "batch 4"]
+    flip: Bool[Tensor, " batch"]
+    ids: Int[Tensor, "batch n_operations"]
+    magnitudes: Float[Tensor, "batch n_operations"]
+    grey: Bool[Tensor, " batch"]
+    hole: Int[Tensor, "batch 4"]
+
+    def to(self, device: torch.device) -> "Draws":
+        """Return the draws on ``device``, but ``ids`` on the CPU: it is the host that sorts by them."""
+        return Draws(*(t.to(device, non_blocking=True) for t in self))._replace(ids=self.ids.cpu())
+
+    def part(self, rows: slice) -> "Draws":
+        """Return the draws of ``rows``."""
+        return Draws(*(t[rows] for t in self))
+
+
+def apply_operations(
+    images: Images, ids: Int[Tensor, "batch n_operations"], magnitudes: Float[Tensor, "batch n_operations"], *,
+    operations: Sequence[str],
+) -> Images:
+    """Return ``images``, changed in place by their own operations, first column first.
+
+    Images of one operation are treated together.
+
+    Parameters
+    ----------
+    ids : places in ``operations``, -1 for none; best on the CPU, which sorts by them
+    magnitudes : on the device of the images
+    """
+    at_once = _rows_at_once(images.shape[2] * images.shape[3], images.device)
+    for column, magnitude in zip(ids.cpu().unbind(1), magnitudes.unbind(1), strict=True):
+        order = column.argsort(stable=True).to(images.device, non_blocking=True)
+        counts = torch.bincount(column + 1, minlength=len(operations) + 1).tolist()
+        for name, group in zip(("identity", *operations), order.split_with_sizes(counts), strict=True):
+            starts = range(0, 0 if name == "identity" else len(group), at_once)
+            for rows in (group[start : start + at_once] for start in starts):
+                changed = OPERATIONS[name](images.index_select(0, rows), magnitude.index_select(0, rows))
+                images.index_copy_(0, rows, changed)
+    return images
+
+
+def _rows_at_once(area: int, device: torch.device) -> int:
+    """Return how many images of ``area`` pixels to work on together."""
+    return max(1, (_CPU_BLOCK if device.type == "cpu" else _DEVICE_BLOCK) // (3 * area))
+
+
+@dataclass(frozen=True)
+class Views:
+    """A recipe of views: plain values, so that it can be stored, compared and changed by name.
+
+    Parameters
+    ----------
+    kind : ``plain`` and ``weak`` are the central square, nothing random; ``simclr`` a resized crop, flip, color jitter
+        and grey; ``strong`` a flip, a crop without resizing, ``n_operations`` operations and a hole of the mean color;
+        ``ruc_weak`` a resized crop and flip; ``ruc_strong`` besides ``n_operations`` different operations, each with
+        probability one half, and a grey square
+    size : side of a view in pixels; where a crop does not resize, smaller images are enlarged to it by the short side
+    mean, std : of each channel on the scale 0 to 1; a view is ``(pixels / 255 - mean) / std``
+    crop_scale, crop_ratio : share of the area, and width over height, of a resized crop
+    flip : probability of a mirror image; 0 where left and right mean something, as in digits
+    jitter : probability of color jitter, all parts together
+    brightness, contrast, saturation, hue : strengths of color jitter
+    grey : probability of a grey view
+    n_operations : operations a view; None for the published 4 (``strong``) and 2 (``ruc_strong``)
+    operations : names drawn from, the fourteen of ``STRONG`` by default
+    rotate : largest angle of the strong views, degrees
+    shear : largest slope of the strong views
+    translate : largest shift of the strong views, as a share of the side
+    cutout : longest side of the hole of the strong views, side of the grey square, pixels; 0 for none
+    level : of RUC's magnitudes, 1 to 10; 1 as published
+    """
+
+    kind: Kind
+    size: int
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+    jitter: float = 0.8
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.4
+    hue: float = 0.1
+    grey: float = 0.2
+    n_operations: int | None = None
+    operations: tuple[str, ...] = STRONG
+    rotate: float = 30.0
+    shear: float = 0.1
+    translate: float = 0.1
+    cutout: int = 16
+    level: int = 1
+
+
+    def __post_init__(self) -> None:
+        for name in ("mean", "std", "crop_scale", "crop_ratio", "operations"):  # JSON has lists where we have tuples
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.kind not in get_args(Kind):
+            raise InputError(f"no views of kind {self.kind!r}", nearest(str(self.kind), list(get_args(Kind))))
+        for name in self.operations:
+            if name not in STRONG:
+                raise InputError(f"no operation {name!r} for views", nearest(str(name), list(STRONG)))
+        for fault in self._faults():
+            raise InputError(f"views cannot be made with {fault}")
+
+    def _faults(self) -> Iterator[str]:
+        if self.size < 1:
+            yield f"size={self.size}: at least 1 pixel"
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            yield f"mean={self.mean}, std={self.std}: three numbers each, std above 0"
+        if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            yield f"crop_scale={self.crop_scale}: least and largest share of the area, above 0 and at most 1"
+        if len(self.crop_ratio) != 2 or not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
+            yield f"crop_ratio={self.crop_ratio}: least and largest width over height, above 0"
+        for name in ("flip", "jitter", "grey"):
+            if not 0 <= getattr(self, name) <= 1:
+                yield f"{name}={getattr(self, name)}: a probability, 0 to 1"
+        for name in ("brightness", "contrast", "saturation", "rotate", "shear", "translate", "cutout"):
+            if getattr(self, name) < 0:
+                yield f"{name}={getattr(self, name)}: at least 0"
+        if not 0 <= self.hue <= 0.5:
+            yield f"hue={self.hue}: 0 to 0.5 of the color circle"
+        if not 1 <= self.level <= 10:
+            yield f"level={self.level}: 1 to 10"
+        allowed = {"strong": math.inf if self.operations else 0, "ruc_strong": len(set(self.operations))}
+        if not 0 <= self._n_operations <= allowed.get(self.kind, math.inf):
+            yield f"n_operations={self._n_operations} drawn from {len(self.operations)} operations"
+
+    @property
+    def _n_operations(self) -> int:
+        return {"ruc_strong": 2}.get(self.kind, 4) if self.n_operations is None else self.n_operations
+
+    @property
+    def resizes(self) -> bool:
+        """Whether a view shows a part of the image enlarged or reduced, rather than cut out as it is."""
+        return self.kind in ("simclr", "ruc_weak", "ruc_strong")
+
+    def plain(self) -> "Views":
+        """Return the recipe of the central square, nothing random, of the same size and normalization."""
+        return replace(self, kind="plain")
+
+    def __call__(
+        self, pixels: UInt8[Tensor, "batch height width 3"], generator: torch.Generator
+    ) -> Float[Tensor, "batch 3 size size"]:
+        """Return one normalized view of each image, on the device of the pixels.
+
+        Parameters
+        ----------
+        generator : on the device of the pixels, or on the CPU
+        """
+        if pixels.ndim != 4 or pixels.shape[3] != 3 or pixels.dtype != torch.uint8 or 0 in pixels.shape[1:3]:
+            given = f"{pixels.dtype} {tuple(pixels.shape)}"
+            raise InputError(f"views are made of uint8 (batch, height, width, 3), at least 1 x 1, got {given}")
+        drawn = self.draw(len(pixels), generator, height=pixels.shape[1], width=pixels.shape[2])
+        return self.render(pixels, drawn)
+
+    def draw(self, batch: int, generator: torch.Generator, *, height: int, width: int) -> Draws:
+        """Return everything random about ``batch`` views of images of ``height`` and ``width``.
+
+        Where a crop does not resize, its box lies in the image enlarged as `geometry.fitted_size` says.
+        """
+        box = self._draw_box(batch, generator, height=height, width=width)
+        none = torch.zeros_like(box)
+        never = none[:, 0].bool()
+        drawn = Draws(box, never, ids=none[:, :0], magnitudes=none[:, :0].float(), grey=never, hole=none)
+        if self.kind in ("plain", "weak"):
+            return drawn
+        drawn = drawn._replace(flip=draws.chance(batch, self.flip, generator))
+        if self.kind == "simclr":
+            ids, magnitudes = draws.jitter(batch, generator, probability=self.jitter, brightness=self.brightness,
+                                           contrast=self.contrast, saturation=self.saturation, hue=self.hue)
+            return drawn._replace(ids=ids, magnitudes=magnitudes, grey=draws.chance(batch, self.grey, generator))
+        return drawn if self.kind == "ruc_weak" else self._draw_operations(drawn, generator)
+
+    def _draw_box(self, batch: int, generator: torch.Generator, *, height: int, width: int) -> Int[Tensor, "batch 4"]:
+        if self.resizes:
+            return draws.resized_crop(batch, generator, height=height, width=width, scale=self.crop_scale,
+                                      ratio=self.crop_ratio)
+        height, width = geometry.fitted_size(height, width, self.size)
+        if self.kind == "strong":
+            return draws.crop(batch, generator, height=height, width=width, size=self.size)
+        center = geometry.center_box(height, width, self.size)
+        return torch.tensor(center, device=generator.device).repeat(batch, 1)
+
+    def _draw_operations(self, drawn: Draws, generator: torch.Generator) -> Draws:
+        batch, size, n = len(drawn.flip), self.size, self._n_operations
+        if self.kind == "strong":
+            ids, magnitudes = draws.operations(batch, generator, n_operations=n, ranges=self.ranges())
+        else:
+            ids, magnitudes = draws.ruc_operations(batch, generator, names=self.operations, n_operations=n,
+                                                   level=self.level, size=size)
+        drawn = drawn._replace(ids=ids, magnitudes=magnitudes)
+        if not self.cutout:
+            return drawn
+        hole = draws.cutout if self.kind == "strong" else draws.grey_square
+        return drawn._replace(hole=hole(batch, generator, size=size, side=self.cutout))
+
+    def ranges(self) -> dict[str, tuple[float, float]]:
+        """Return the magnitudes that the strong views draw from, uniformly, of each of ``operations``."""
+        shift, weaker = self.translate * self.size, (0.05, 0.95)
+        ranges = {
+            "rotate": (-self.rotate, self.rotate), "shear_x": (-self.shear, self.shear),
+            "shear_y": (-self.shear, self.shear), "translate_x": (-shift, shift), "translate_y": (-shift, shift),
+            "solarize": (0.0, 256.0), "posterize": (4.0, 8.0), "color": weaker, "contrast": weaker,
+            "brightness": weaker, "sharpness": weaker,
+        }
+        return {name: ranges.get(name, (0.0, 0.0)) for name in self.operations}
+
+    def render(self, pixels: UInt8[Tensor, "batch height width 3"], drawn: Draws) -> Float[Tensor, "batch 3 size size"]:
+        """Return the normalized views that ``drawn`` describes."""
+        drawn = drawn.to(pixels.device)
+        images = torch.empty(len(pixels), 3, self.size, self.size, device=pixels.device)
+        rows_at_once = _rows_at_once(max(pixels.shape[1] * pixels.shape[2], self.size**2), pixels.device)
+        blocks = [slice(start, start + rows_at_once) for start in range(0, len(pixels), rows_at_once)]
+        for rows in blocks:
+            images[rows] = self._cropped(pixels[rows], drawn.part(rows))
+        names = JITTER if self.kind == "simclr" else self.operations
+        images = apply_operations(images, drawn.ids, drawn.magnitudes, operations=names)
+        for rows in blocks:
+            images[rows] = self._finished(images[rows], drawn.part(rows))
+        return images
+
+    def _cropped(self, pixels: UInt8[Tensor, "batch height width 3"], drawn: Draws) -> geometry.Resized:
+        height, width = pixels.shape[1:3]
+        if self.resizes:
+            return geometry.resized_crop(pixels, drawn.box, size=(self.size, self.size), flip=drawn.flip)
+        fitted = geometry.fitted_size(height, width, self.size)
+        images = to_float(pixels) if fitted == (height, width) else geometry.resize(pixels, size=fitted)
+        return geometry.crop(images, drawn.box, size=self.size, flip=drawn.flip)
+
+    def _finished(self, images: Images, drawn: Draws) -> Float[Tensor, "batch 3 size size"]:
+        if self.kind == "simclr":
+            images = images.lerp(luma(images), drawn.grey.view(-1, 1, 1, 1).float())
+        if self.kind == "ruc_strong":
+            images = fill_box(images, drawn.hole, value=127.0)
+        images = normalize(images, mean=self.mean, std=self.std)
+        return fill_box(images, drawn.hole, value=0.0) if self.kind == "strong" else images

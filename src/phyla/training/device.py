@@ -1,0 +1,79 @@
+"""Device, precision and memory format, decided once and passed in."""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from phyla.errors import InputError
+
+Precision = Literal["fp32", "bf16"]
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where and how a stage computes.
+
+    Parameters
+    ----------
+    device : cpu, cuda, cuda:1, mps
+    precision : fp32, or bf16 autocast for the encoder (losses stay in float32)
+    channels_last : keep activations as NHWC, faster for convolutions on CUDA and on a CPU
+    """
+
+    device: torch.device
+    precision: Precision = "fp32"
+    channels_last: bool = False
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Return the context in which an encoder runs forward."""
+        if self.precision == "bf16":
+            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return nullcontext()
+
+    def place(self, module: ModuleT) -> ModuleT:
+        """Return ``module`` on the device, in its memory format."""
+        placed = module.to(self.device)
+        return placed.to(memory_format=torch.channels_last) if self.channels_last else placed
+
+    def arrange(self, views: Tensor) -> Tensor:
+        """Return (B, 3, H, W) views in the memory format that the placed modules expect."""
+        return views.contiguous(memory_format=torch.channels_last) if self.channels_last else views
+
+    @property
+    def label(self) -> str:
+        """What a person would call it: "NVIDIA H200, bf16" or "CPU, 2 threads, fp32"."""
+        if self.device.type == "cuda":
+            return f"{torch.cuda.get_device_name(self.device)}, {self.precision}"
+        if self.device.type == "cpu":
+            return f"CPU, {torch.get_num_threads()} threads, {self.precision}"
+        return f"{self.device}, {self.precision}"
+
+
+def choose_device(name: str = "auto", precision: str = "auto") -> Device:
+    """Return the device called ``name`` ("auto": CUDA, then Apple's MPS, then the CPU), checked to exist.
+
+    ``precision`` "auto" is bf16 on a GPU that computes in it (not one that only emulates it) and fp32 elsewhere.
+    """
+    if precision not in ("auto", "fp32", "bf16"):
+        raise InputError(f"precision {precision!r} is not known", "allowed: auto, fp32, bf16")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"device {name!r} is not known", "allowed: auto, cpu, cuda, cuda:N, mps") from error
+    if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
+        raise InputError(f"device {name!r} is not on this machine: {torch.cuda.device_count()} CUDA devices found",
+                         "use --device cpu or auto")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise InputError("device 'mps' is not on this machine", "use --device cpu or auto")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise InputError(f"device {name!r} is not supported", "allowed: auto, cpu, cuda, cuda:N, mps")
+    if precision == "auto":
+        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bf16" if has_bf16 else "fp32"
+    return Device(device, "bf16" if precision == "bf16" else "fp32", channels_last=device.type != "mps")
