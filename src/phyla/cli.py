@@ -1,0 +1,313 @@
+"""The command line: one verb per box of the pipeline, and `run` for the whole chain.
+
+Data goes to stdout, talk and progress to stderr. Exit code 0: done; 2: the user can mend it; 1: something failed.
+Heavy imports happen inside the verbs, so that `phyla --help` answers at once.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+import phyla
+
+if TYPE_CHECKING:
+    from phyla.pipeline import Pipeline
+    from phyla.runner import Result
+    from phyla.types import Scores
+
+app = typer.Typer(name="phyla", no_args_is_help=True, add_completion=False, rich_markup_mode=None,
+                  pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]},
+                  help="Find the classes in images that nobody has labelled.\n\n"
+                       "phyla run                        the demonstration: handwritten digits, minutes\n\n"
+                       "phyla run FOLDER --classes 10    your own images\n\n"
+                       "phyla predict RUN FOLDER         label new images with a finished run")
+
+What = Annotated[str, typer.Argument(metavar="RECIPE|FOLDER|RUN", help="a recipe, a folder or list of images, or a run "
+                                                                       "folder to go on with")]
+Out = Annotated[Path | None, typer.Option("--out", "-o", help="run folder; default runs/NAME", show_default=False)]
+Classes = Annotated[int | None, typer.Option("--classes", "-k", help="how many classes to look for",
+                                             show_default=False)]
+Seed = Annotated[int | None, typer.Option(help="seed of everything random", show_default=False)]
+Limit = Annotated[int | None, typer.Option(help="use at most this many images, spread evenly", show_default=False)]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="STAGE.OPTION=VALUE", show_default=False,
+                                               help="change an option, as in cluster.entropy_weight=2; repeatable")]
+DataDir = Annotated[Path | None, typer.Option("--data", help="where data sets are (else $PHYLA_DATA, else a cache)",
+                                              show_default=False)]
+Labels = Annotated[str | None, typer.Option(metavar="auto|folders|none|CSV", help="true labels, for scores alone: the "
+                                            "data set's own, the name of each image's first folder, or a table")]
+DeviceName = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps")]
+Precision = Annotated[str, typer.Option(help="auto, fp32, bf16")]
+Strict = Annotated[bool, typer.Option("--strict", help="stop at the first unreadable image instead of skipping it")]
+Offline = Annotated[bool, typer.Option("--offline", help="never download anything")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress, warnings and errors alone")]
+AsJson = Annotated[bool, typer.Option("--json", help="print the outcome as JSON")]
+
+
+def _verb(name: str, until: str, text: str) -> None:
+    """Register a verb that carries the chain as far as the stage ``until``."""
+
+    def verb(what: What = "scan-digits", out: Out = None, classes: Classes = None, seed: Seed = None,
+             limit: Limit = None, option: Set = None, data: DataDir = None, labels: Labels = "auto",
+             device: DeviceName = "auto", precision: Precision = "auto", strict: Strict = False,
+             offline: Offline = False, quiet: Quiet = False, as_json: AsJson = False) -> None:
+        from phyla.display import showing
+
+        with showing(quiet=quiet):
+            from phyla.runner import Runner
+            from phyla.training.device import choose_device
+
+            pipeline, folder = _resolve(what, out, classes=classes, seed=seed, limit=limit, changes=option or [])
+            runner = Runner(pipeline, folder, device=choose_device(device, precision), data_dir=data,
+                            labels=None if labels in (None, "none") else labels, strict=strict, download=not offline,
+                            command=["phyla", *sys.argv[1:]])
+            result = runner.go(until)  # type: ignore[arg-type]
+        _show(result, as_json=as_json, quiet=quiet, whole=until == "report")
+
+    app.command(name, help=text)(verb)
+
+
+_verb("run", "report", "Run the whole chain: images, encoder, embeddings, neighbors, clusters, scores, report.\n\n"
+      "Without an argument: the demonstration on scikit-learn's digits. Give the same command again after a stop or a "
+      "kill, and it goes on where it was; stages whose options did not change are kept.")
+_verb("pretrain", "pretrain", "Run the chain as far as the trained encoder.")
+_verb("embed", "embed", "Run the chain as far as the embeddings (embeddings.npy).")
+_verb("neighbors", "neighbors", "Run the chain as far as the neighbors (neighbors.npy).")
+_verb("cluster", "cluster", "Run the chain as far as the clusters (assignments.csv, model.safetensors).")
+_verb("refine", "refine", "Run the chain as far as the refined clusters.")
+_verb("evaluate", "evaluate", "Run the chain as far as the scores (scores.json), with or without labels.")
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="the folder of a run")], data: DataDir = None,
+           labels: Labels = None, quiet: Quiet = False, as_json: AsJson = False) -> None:
+    """Rebuild report.html and its figures from what a run already made; nothing is trained."""
+    from phyla.display import showing
+
+    with showing(quiet=quiet):
+        from phyla.runner import reopen
+
+        result = reopen(run, data_dir=data, labels=labels).rebuild_report()
+    _show(result, as_json=as_json, quiet=quiet, whole=True)
+
+
+@app.command()
+def predict(run: Annotated[Path, typer.Argument(metavar="RUN", help="the folder of a finished run")],
+            images: Annotated[Path, typer.Argument(metavar="FOLDER|LIST|FILE", help="images to label")],
+            out: Annotated[Path | None, typer.Option("--out", "-o", help="a .csv, .tsv or .parquet file; else CSV on "
+                                                     "stdout", show_default=False)] = None,
+            device: DeviceName = "auto", precision: Precision = "auto", strict: Strict = False, quiet: Quiet = False,
+            as_json: AsJson = False) -> None:
+    """Label new images with a run's classifier: id, cluster, confidence and the next two clusters, as a table."""
+    from phyla.display import showing
+
+    with showing(quiet=quiet):
+        from phyla.classifier import Classifier
+        from phyla.prediction import predict_table
+        from phyla.training.device import choose_device
+
+        chosen = choose_device(device, precision)
+        outcome = predict_table(Classifier.load(run), images, out, device=chosen, strict=strict)
+    if as_json and out is not None:
+        print(json.dumps(outcome))
+    elif not quiet and out is not None:
+        _say(f"{outcome['labelled']} images labelled, {outcome['skipped']} skipped: {out}")
+
+
+@app.command()
+def export(run: Annotated[Path, typer.Argument(metavar="RUN", help="the folder of a finished run")],
+           folders: Annotated[Path, typer.Option(help="write the images into one folder a cluster, below this one")],
+           min_confidence: Annotated[float, typer.Option(help="leave images below this confidence in 'unsure'")] = 0.0,
+           link: Annotated[bool, typer.Option("--link", help="make links instead of copies")] = False,
+           quiet: Quiet = False) -> None:
+    """Sort the images of a run into one folder a cluster, as copies or links."""
+    from phyla.display import showing
+
+    with showing(quiet=quiet):
+        from phyla.prediction import export_folders
+
+        n = export_folders(run, folders, min_confidence=min_confidence, link=link)
+    if not quiet:
+        _say(f"{n} images in {folders}")
+
+
+class Listed(StrEnum):
+    """What `phyla list` can list."""
+
+    all = "all"
+    recipes = "recipes"
+    methods = "methods"
+    encoders = "encoders"
+    data = "data"
+
+
+@app.command("list")
+def list_(what: Annotated[Listed, typer.Argument(help="which list")] = Listed.all, data: DataDir = None,
+          as_json: AsJson = False) -> None:
+    """List recipes, methods, encoders, and the data sets found on this machine."""
+    from phyla.inventory import inventory, inventory_text
+
+    found = inventory(data)
+    shown = found if what is Listed.all else {what.value: found[what.value]}
+    print(json.dumps(shown, indent=2) if as_json else inventory_text(shown))
+
+
+@app.command()
+def show(run: Annotated[Path, typer.Argument(metavar="RUN|RECIPE", help="a run folder, or a recipe")],
+         as_json: AsJson = False) -> None:
+    """Show a run (what was run, with what, the scores), or a recipe's options and its card."""
+    from phyla.inventory import recipe_text, run_facts, run_text
+
+    if (run / "run.json").exists():
+        facts = run_facts(run)
+        print(json.dumps(facts, indent=2) if as_json else run_text(facts))
+        return
+    from phyla.recipes import recipe
+
+    pipeline = recipe(str(run))
+    print(json.dumps(pipeline.options(), indent=2) if as_json else recipe_text(str(run), pipeline))
+
+
+@app.command("import")
+def import_(checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="a published .pth.tar file")],
+            out: Annotated[Path, typer.Option("--out", "-o", help="folder for the classifier or encoder")],
+            stem: Annotated[str | None, typer.Option(help="cifar or stl: the files do not tell",
+                                                     show_default=False)] = None, as_json: AsJson = False) -> None:
+    """Convert a published SCAN, SimCLR or MoCo checkpoint into our encoder or classifier."""
+    from phyla.display import showing
+
+    with showing(quiet=False):
+        from phyla.prediction import import_checkpoint
+
+        facts = import_checkpoint(checkpoint, out, stem)
+    print(json.dumps(facts, indent=2) if as_json else "\n".join(f"{name}: {value}" for name, value in facts.items()))
+
+
+def _resolve(what: str, out: Path | None, *, classes: int | None, seed: int | None, limit: int | None,
+             changes: Sequence[str]) -> tuple["Pipeline", Path]:
+    """Return the pipeline that the arguments ask for, and its folder."""
+    from phyla.errors import InputError
+    from phyla.recipes import RECIPES, change, from_file, recipe, with_seed
+    from phyla.runner import recorded_pipeline
+
+    path = Path(what)
+    if (path / "options.json").exists():
+        pipeline, out = recorded_pipeline(path), out or path
+    elif what in RECIPES and what != "scan-folder":
+        pipeline = recipe(what)
+    elif path.suffix == ".toml" and path.is_file():
+        pipeline = from_file(path)
+    elif path.exists():
+        if classes is None and not any(text.startswith("cluster.n_clusters=") for text in changes):
+            raise InputError("how many classes to look for is not known", f"phyla run {what} --classes 10")
+        pipeline = change(recipe("scan-folder"), "data.source", what)
+    else:
+        pipeline = _missing(what)
+    if classes is not None:
+        pipeline = change(pipeline, "cluster.n_clusters", classes)
+    if limit is not None:
+        pipeline = change(pipeline, "data.limit", limit)
+    if seed is not None:
+        pipeline = with_seed(pipeline, seed)
+    for text in changes:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise InputError(f"--set {text} has no value", "write --set STAGE.OPTION=VALUE")
+        pipeline = change(pipeline, key.strip(), value.strip())
+    name = pipeline.name if pipeline.name != "scan-folder" else f"{path.resolve().stem}-{pipeline.cluster.n_clusters}"
+    return pipeline, out or Path("runs") / name
+
+
+def _missing(what: str) -> "Pipeline":
+    from phyla.errors import DataNotFoundError
+    from phyla.recipes import recipe
+
+    if "/" in what or os.sep in what or Path(what).suffix:
+        raise DataNotFoundError(f"there is no folder or file {what}", "check the path; quote it if it holds spaces")
+    return recipe(what)
+
+
+def _show(result: "Result", *, as_json: bool, quiet: bool, whole: bool) -> None:
+    if as_json:
+        print(json.dumps({"run": str(result.path), "did_work": result.did_work, "n_images": result.n_images,
+                          "notices": list(result.notices),
+                          "scores": [{"method": row.method, "split": row.split, "n_images": row.n_images, **row.values}
+                                     for row in result.scores]}))
+        return
+    if result.scores:
+        print(_table(result.scores))
+    if quiet:
+        return
+    for notice in result.notices:
+        _say(notice)
+    _say(f"report: {result.path / 'report.html'}" if whole else f"run folder: {result.path}")
+
+
+def _table(rows: Sequence["Scores"]) -> str:
+    """Return the table of a run as text: the field's metrics where labels exist, else what is known without."""
+    labelled = {"hungarian_accuracy": "Hungarian accuracy", "nmi": "NMI", "ari": "ARI"}
+    unlabelled = {"neighbor_agreement": "neighbor agreement", "mean_confidence": "mean confidence",
+                  "used_clusters": "clusters used"}
+    columns = labelled if any("hungarian_accuracy" in row.values for row in rows) else unlabelled
+    shown = [row for row in rows if any(name in row.values for name in columns)]
+    lines = [["method", "split", "images", *columns.values()]]
+    for row in shown:
+        numbers = [row.values.get(name) for name in columns]
+        lines.append([row.method, row.split, str(row.n_images),
+                      *("-" if x is None else f"{x:.0f}" if x == int(x) and x > 1 else f"{x:.3f}" for x in numbers)])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    text = ["  ".join(cell.ljust(width) if column < 2 else cell.rjust(width)
+                      for column, (cell, width) in enumerate(zip(line, widths, strict=True))) for line in lines]
+    return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"phyla {phyla.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True,
+                                                help="print the version")] = False) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line; every error of ours is one line on stderr."""
+    from phyla.errors import PhylaError
+
+    sys.exit(_guarded(app, PhylaError))
+
+
+def _guarded(command: Callable[..., object], ours: type[Exception]) -> int:
+    try:
+        command(standalone_mode=False)
+    except ours as error:
+        _say(f"error: {error}")
+        return getattr(error, "exit_code", 1)
+    except (KeyboardInterrupt, typer.Abort):
+        _say("stopped; give the same command again to go on where it was")
+        return 130
+    except BrokenPipeError:  # the reader of our stdout has gone, as in `phyla predict ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if hasattr(error, "format_message"):  # a mistake on the command line itself
+            _say(f"error: {error.format_message()}")
+            return 2
+        raise
+    return 0
+
+
+if __name__ == "__main__":
+    main()

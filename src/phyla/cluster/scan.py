@@ -1,0 +1,325 @@
+"""SCAN: clusters in which an image and its nearest neighbors agree, and which are all used.
+
+van Gansbeke et al. 2020, "SCAN: Learning to Classify Images without Labels", section 2.2, Eq. 2.
+
+In: images, neighbors (n, k), an encoder (B, 3, H, W) -> (B, D); or embeddings (n, D) and their neighbors, when the
+encoder stays frozen. Out: ``labels_`` (n,), ``probabilities_`` (n, K), ``net_`` with the best head.
+
+Differs from the paper: one random neighbor a step instead of the sum over all (as the authors' code does).
+Differs from the authors' code: the consistency is a logsumexp in float32, so its gradient does not vanish below a
+similarity of 1e-12; heads are one matrix product; ``class_prior``, ``forwards="fused"`` and cached views are ours.
+"""
+
+import copy
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from sklearn.base import BaseEstimator, ClusterMixin
+from torch import Tensor, nn
+
+from phyla.embed import forward_all
+from phyla.errors import InputError
+from phyla.images.augment import Views
+from phyla.images.batches import Order, open_pixels
+from phyla.neighbors import find_neighbors
+from phyla.nets.heads import ClusterHeads, ClusterNet
+from phyla.quality import neighbor_score
+from phyla.randomness import generator
+from phyla.storage import fingerprint
+from phyla.training.device import Device, choose_device
+from phyla.training.loop import Loop, Step
+from phyla.types import Embeddings, ImageSet, Neighbors
+
+log = logging.getLogger("phyla")
+
+EPSILON = 1e-8
+"""Floor of the mean probability inside the entropy's logarithm, the authors' value."""
+
+
+class ScanLoss(NamedTuple):
+    """The loss and its two parts, one number a head."""
+
+    total: Tensor
+    consistency: Tensor
+    entropy: Tensor
+
+
+def scan_loss(anchor_logits: Float[Tensor, "*heads batch clusters"], neighbor_logits: Float[Tensor, "*heads batch clusters"],
+              *, entropy_weight: float, class_prior: Float[Tensor, " clusters"] | None = None) -> ScanLoss:
+    """Return SCAN's loss of anchors and one neighbor each; leading axes are heads and give one loss each.
+
+    Parameters
+    ----------
+    anchor_logits, neighbor_logits : (..., B, K); gradients flow through both
+    entropy_weight : lambda of Eq. 2, 5 in every published configuration
+    class_prior : expected share of each cluster (K,), summing to 1; None: uniform
+
+    Notes
+    -----
+    With P, Q the softmax of both and p the mean of P over the batch (van Gansbeke et al. 2020, Eq. 2):
+    L = -1/B sum_i log sum_c P_ic Q_ic  -  lambda H,   H = -sum_c p_c log p_c.
+    A ``class_prior`` w puts -KL(p || w) in the place of H; for a uniform w that is H - log K.
+    """
+    anchor, neighbor = anchor_logits.log_softmax(-1), neighbor_logits.log_softmax(-1)
+    consistency = -(anchor + neighbor).logsumexp(-1).mean(-1)
+    mean = anchor.exp().mean(-2).clamp(min=EPSILON)
+    entropy = -(mean * mean.log()).sum(-1)
+    spread = entropy
+    if class_prior is not None:
+        spread = entropy + (mean * class_prior.to(mean).clamp(min=EPSILON).log()).sum(-1)
+    return ScanLoss(consistency - entropy_weight * spread, consistency, entropy)
+
+
+@dataclass(frozen=True)
+class Watched:
+    """The images on which the label-free score is taken, and the neighbors of each among them."""
+
+    images: ImageSet
+    neighbors: Neighbors
+
+
+@dataclass(eq=False, repr=False)
+class SCAN(ClusterMixin, BaseEstimator):
+    """Cluster images by agreement with their neighbors; defaults are the published CIFAR-10 configuration.
+
+    Parameters
+    ----------
+    n_clusters : K; more than the classes expected gives over-clustering
+    n_heads : heads trained side by side, of which the one with the lowest ``neighbor_score`` is kept
+    entropy_weight : lambda of Eq. 2
+    class_prior : expected share of each cluster when the classes are uneven; None: uniform
+    views : random views of anchors and neighbors
+    update : all: encoder and heads; heads: the encoder stays frozen, in evaluation mode
+    cached_views : with ``update="heads"``: embeddings of this many random views an image are made once and drawn from;
+        0 makes fresh views every step, as published
+    forwards : two: anchors and neighbors apart, each with its own BatchNorm statistics, as published; fused: one pass
+    select : neighbor_score: head and epoch with the lowest score; last: the last epoch, best head
+    n_selection_neighbors : neighbors of the score, 5 as published (the image itself counts as one more)
+    optimizer, lr, weight_decay, momentum : adam (L2 decay, not decoupled) or sgd, constant learning rate
+    n_epochs, batch_size : every image is an anchor once an epoch
+    random_state : seed of heads, order, neighbors drawn and views
+    """
+
+    n_clusters: int = 10
+    n_heads: int = 1
+    entropy_weight: float = 5.0
+    class_prior: tuple[float, ...] | None = None
+    views: Views = Views(kind="strong", size=32)
+    update: Literal["all", "heads"] = "all"
+    cached_views: int = 0
+    forwards: Literal["two", "fused"] = "two"
+    select: Literal["neighbor_score", "last"] = "neighbor_score"
+    n_selection_neighbors: int = 5
+    optimizer: Literal["adam", "sgd"] = "adam"
+    lr: float = 1e-4
+    weight_decay: float = 1e-4
+    momentum: float = 0.9
+    n_epochs: int = 50
+    batch_size: int = 128
+    random_state: int = 0
+
+    def fit(self, images: ImageSet | Embeddings | np.ndarray, y: None = None, *, neighbors: Neighbors | None = None,
+            encoder: nn.Module | None = None, watched: Watched | None = None, device: Device | None = None,
+            folder: Path | None = None) -> "SCAN":
+        """Cluster ``images`` and set ``net_``, ``labels_``, ``probabilities_``, ``score_`` and ``history_``.
+
+        Parameters
+        ----------
+        images : an ImageSet, with ``encoder``; or embeddings (n, D), on which linear heads are trained
+        neighbors : of every image; for embeddings they are found when missing (20, or fewer for tiny sets)
+        watched : other images to take the label-free score on (a held-out split); the training images when None
+        folder : keeps a checkpoint from which the same call goes on
+        """
+        device = device or choose_device("cpu")
+        neighbors = neighbors or self._find_neighbors(images)
+        self._validate(images, encoder, neighbors)
+        source = self._open(images, neighbors, encoder, watched, device)
+        net = ClusterNet(source.encoder, ClusterHeads(source.n_features, self.n_clusters, self.n_heads))
+        net.heads.initialise(generator(self.random_state, "scan heads"))
+        device.place(net).requires_grad_(True)
+        optimizer = self._optimizer(net if source.trains_encoder else net.heads)
+        order = Order(len(images), self.batch_size, self.random_state, device=device.device)
+        best: dict[str, object] = {"score": float("inf"), "head": 0, "epoch": 0, "state": {}}
+        run = Loop("cluster", order, n_epochs=self.n_epochs, state={"net": net, "optimizer": optimizer}, memory=best,
+                   folder=folder, seed=self.random_state,
+                   key=fingerprint(asdict(self), len(images), neighbors.fingerprint))
+        prior = None if self.class_prior is None else torch.tensor(self.class_prior, device=device.device)
+
+        for step in run:
+            net.train(source.trains_encoder)
+            anchors, partners = source.pair(step)
+            with device.autocast():
+                if self.forwards == "two":
+                    anchor_logits, partner_logits = net(anchors), net(partners)
+                else:
+                    anchor_logits, partner_logits = net(torch.cat([anchors, partners])).chunk(2, dim=1)
+            loss = scan_loss(anchor_logits.float(), partner_logits.float(), entropy_weight=self.entropy_weight,
+                             class_prior=prior)
+            step.backward(loss.total.sum(), optimizer)
+            step.log(loss=loss.total.mean(), consistency=loss.consistency.mean(), entropy=loss.entropy.mean())
+            if step.ends_epoch:
+                scores = self._scores(source.watched_probabilities(net), source.watched_neighbors)
+                head = int(np.argmin(scores))
+                step.record(neighbor_score=scores[head], head=head)
+                if scores[head] < best["score"] or self.select == "last":
+                    state = {name: value.detach().clone() for name, value in net.state_dict().items()}
+                    best.update(score=scores[head], head=head, epoch=step.epoch + 1, state=state)
+
+        net.load_state_dict(best["state"])
+        self.head_, self.epoch_, self.score_ = int(best["head"]), int(best["epoch"]), float(best["score"])
+        self.history_ = run.history
+        self.probabilities_ = source.probabilities(net)[:, self.head_].float().cpu().numpy()
+        self.labels_ = self.probabilities_.argmax(axis=1)
+        self.net_ = source.whole(net.only(self.head_)).eval()
+        log.info("cluster: kept epoch %d of %d, head %d of %d, neighbor score %.4f", self.epoch_, self.n_epochs,
+                 self.head_ + 1, self.n_heads, self.score_)
+        return self
+
+    def predict_proba(self, images: ImageSet | Embeddings | np.ndarray) -> np.ndarray:
+        """Return the probabilities of new images (or embeddings, if fitted on them), float32 (n_images, K)."""
+        device = choose_device("cpu")
+        if isinstance(images, ImageSet):
+            return forward_all(images, self.net_, self.net_.probabilities, self.views.plain(), device=device)[:, 0].numpy()
+        with torch.no_grad():
+            return self.net_.heads.probabilities(torch.from_numpy(_rows(images)))[:, 0].numpy()
+
+    def predict(self, images: ImageSet | Embeddings | np.ndarray) -> np.ndarray:
+        """Return the cluster of new images, int64 (n_images,)."""
+        return self.predict_proba(images).argmax(axis=1)
+
+    def _find_neighbors(self, images: ImageSet | Embeddings | np.ndarray) -> Neighbors:
+        if isinstance(images, ImageSet):
+            raise InputError("SCAN on images needs their neighbors", "phyla.neighbors.find_neighbors(embeddings, 20)")
+        return find_neighbors(_rows(images), min(20, len(images) - 1))
+
+    def _validate(self, images: ImageSet | Embeddings | np.ndarray, encoder: nn.Module | None,
+                  neighbors: Neighbors) -> None:
+        if self.n_clusters < 1:
+            raise InputError(f"n_clusters must be at least 1, got {self.n_clusters}")
+        if self.n_clusters > len(images):
+            raise InputError(f"n_clusters={self.n_clusters} needs at least {self.n_clusters} images, got {len(images)}",
+                             "lower n_clusters or add images")
+        if len(neighbors) != len(images) or neighbors.indices.max() >= len(images):
+            raise InputError(f"the neighbors belong to another set: {len(neighbors)} rows, {len(images)} images",
+                             "find them again for these images")
+        if isinstance(images, ImageSet) and encoder is None:
+            raise InputError("SCAN on images needs an encoder", "fit SimCLR first and pass encoder=simclr.encoder_")
+        if self.class_prior is not None and len(self.class_prior) != self.n_clusters:
+            raise InputError(f"class_prior needs {self.n_clusters} shares, got {len(self.class_prior)}")
+        if self.cached_views and self.update == "all":
+            raise InputError("cached_views needs a frozen encoder", "set update=heads, or cached_views=0")
+
+    def _open(self, images: ImageSet | Embeddings | np.ndarray, neighbors: Neighbors, encoder: nn.Module | None,
+              watched: Watched | None, device: Device) -> "_FromImages | _FromEmbeddings":
+        if not isinstance(images, ImageSet) or encoder is None:
+            plain = torch.from_numpy(_rows(images)).to(device.device)
+            return _FromEmbeddings(plain, plain[None], neighbors, nn.Identity(), None, None)
+        encoder = copy.deepcopy(encoder)
+        if not self.cached_views:
+            return _FromImages(images, neighbors, encoder, watched, self, device)
+
+        def embedded(shown: ImageSet, views: Views, seed: int = 0) -> Tensor:
+            return forward_all(shown, encoder, encoder, views, device=device, seed=seed, title="embed views").float()
+
+        drawn = torch.stack([embedded(images, self.views, seed) for seed in range(self.cached_views)])
+        held_out = embedded(watched.images, self.views.plain()) if watched else None
+        return _FromEmbeddings(embedded(images, self.views.plain()), drawn, neighbors, encoder, watched, held_out)
+
+    def _optimizer(self, trained: nn.Module) -> torch.optim.Optimizer:
+        if self.optimizer == "adam":
+            return torch.optim.Adam(trained.parameters(), self.lr, weight_decay=self.weight_decay)
+        return torch.optim.SGD(trained.parameters(), self.lr, self.momentum, weight_decay=self.weight_decay)
+
+    def _scores(self, probabilities: Tensor, neighbors: Neighbors) -> list[float]:
+        near = torch.from_numpy(neighbors.indices[:, : self.n_selection_neighbors]).to(probabilities.device)
+        return [neighbor_score(probabilities[:, head], near) for head in range(self.n_heads)]
+
+
+class _Pairs:
+    """Draws one neighbor of each anchor: the anchor itself is one of the k + 1 candidates, as published."""
+
+    def __init__(self, neighbors: Neighbors, device: torch.device) -> None:
+        own = np.arange(len(neighbors))[:, None]
+        self.table = torch.from_numpy(np.concatenate([own, neighbors.indices], axis=1)).to(device)
+
+    def draw(self, anchors: Tensor, source: torch.Generator) -> Tensor:
+        column = torch.randint(self.table.shape[1], anchors.shape, generator=source)
+        return self.table[anchors, column.to(anchors.device, non_blocking=True)]
+
+
+class _FromImages:
+    """Fresh views of pixels every step; the encoder runs in the loop."""
+
+    def __init__(self, images: ImageSet, neighbors: Neighbors, encoder: nn.Module, watched: Watched | None,
+                 options: SCAN, device: Device) -> None:
+        self.images, self.encoder, self.device, self.views = images, encoder, device, options.views
+        self.watched = watched or Watched(images, neighbors)
+        self.trains_encoder = options.update == "all"
+        self.pixels, self.pairs = open_pixels(images, device.device), _Pairs(neighbors, device.device)
+        with torch.no_grad():
+            self.n_features = encoder.cpu().eval()(torch.zeros(1, 3, options.views.size, options.views.size)).shape[1]
+
+    @property
+    def watched_neighbors(self) -> Neighbors:
+        return self.watched.neighbors
+
+    def pair(self, step: Step) -> tuple[Tensor, Tensor]:
+        partners = self.pairs.draw(step.indices, step.generator)
+        return self._view(step.indices, step), self._view(partners, step)
+
+    def _view(self, rows: Tensor, step: Step) -> Tensor:
+        return self.device.arrange(self.views(self.pixels.take(rows), step.generator))
+
+    def watched_probabilities(self, net: ClusterNet) -> Tensor:
+        return forward_all(self.watched.images, net, net.probabilities, self.views.plain(), device=self.device)
+
+    def probabilities(self, net: ClusterNet) -> Tensor:
+        return forward_all(self.images, net, net.probabilities, self.views.plain(), device=self.device)
+
+    def whole(self, net: ClusterNet) -> ClusterNet:
+        return net
+
+
+class _FromEmbeddings:
+    """Embeddings made once: ``drawn`` (R, n, D) for training, ``plain`` (n, D) for prediction."""
+
+    trains_encoder = False
+
+    def __init__(self, plain: Tensor, drawn: Tensor, neighbors: Neighbors, frozen: nn.Module,
+                 watched: Watched | None, watched_plain: Tensor | None) -> None:
+        self.plain, self.drawn, self.frozen = plain, drawn, frozen
+        self.watched_neighbors = watched.neighbors if watched else neighbors
+        self.watched_plain = plain if watched_plain is None else watched_plain
+        self.encoder, self.n_features = nn.Identity(), plain.shape[1]
+        self.pairs = _Pairs(neighbors, plain.device)
+
+    def pair(self, step: Step) -> tuple[Tensor, Tensor]:
+        partners = self.pairs.draw(step.indices, step.generator)
+        return self._view(step.indices, step), self._view(partners, step)
+
+    def _view(self, rows: Tensor, step: Step) -> Tensor:
+        view = torch.randint(len(self.drawn), rows.shape, generator=step.generator)
+        return self.drawn[view.to(rows.device, non_blocking=True), rows]
+
+    def watched_probabilities(self, net: ClusterNet) -> Tensor:
+        with torch.no_grad():
+            return net.heads.probabilities(self.watched_plain)
+
+    def probabilities(self, net: ClusterNet) -> Tensor:
+        with torch.no_grad():
+            return net.heads.probabilities(self.plain)
+
+    def whole(self, net: ClusterNet) -> ClusterNet:
+        return ClusterNet(self.frozen, net.heads)
+
+
+def _rows(embeddings: Embeddings | np.ndarray | ImageSet) -> np.ndarray:
+    values = embeddings.values if isinstance(embeddings, Embeddings) else np.asarray(embeddings)
+    if values.ndim != 2 or not np.isfinite(values).all():
+        raise InputError(f"embeddings must be finite numbers (n_images, n_features), got shape {values.shape}")
+    return np.ascontiguousarray(values, dtype=np.float32)

@@ -1,0 +1,89 @@
+"""The table of a run: k-means on pixels, k-means on embeddings, and each result of the run, side by side.
+
+With true labels each row has the field's metrics; without them, what can be known all the same.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from phyla.cluster.kmeans import KMeans
+from phyla.errors import InputError
+from phyla.evaluate.metrics import score_assignment, score_without_labels
+from phyla.evaluate.probes import knn_accuracy, linear_accuracy, neighbor_purity
+from phyla.progress import track
+from phyla.types import Assignment, Embeddings, ImageSet, Neighbors, Scores
+
+log = logging.getLogger("phyla")
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split of a run: what is scored, and the true labels where there are any (int64, -1 for unknown)."""
+
+    name: str
+    images: ImageSet
+    embeddings: Embeddings
+    neighbors: Neighbors
+    assignments: Mapping[str, Assignment]
+    true: np.ndarray | None
+
+
+def fill_scorecard(splits: Sequence[Split], *, n_clusters: int, kmeans_restarts: int, kmeans_max_images: int,
+                   knn_neighbors: int, random_state: int) -> list[Scores]:
+    """Return one row a method and split; k-means is fitted on the first split and predicts the others.
+
+    Parameters
+    ----------
+    n_clusters : of k-means
+    kmeans_restarts : tries of k-means, of which its own objective chooses
+    kmeans_max_images : k-means is fitted on at most this many images, spread evenly
+    knn_neighbors : of the kNN probe of the embeddings, where labels exist
+    """
+    spaces = {"k-means on pixels": lambda split: _pixels(split.images),
+              "k-means on embeddings": lambda split: split.embeddings.values}
+    baselines: dict[str, list[Assignment]] = {}
+    for method, space in track(spaces.items(), "baselines", unit="method"):
+        first = space(splits[0])
+        rows = np.unique(np.linspace(0, len(first) - 1, min(len(first), kmeans_max_images)).astype(int))
+        kmeans = KMeans(n_clusters=n_clusters, n_init=kmeans_restarts, random_state=random_state,
+                        normalize=method == "k-means on embeddings").fit(first[rows])
+        baselines[method] = [Assignment(kmeans.predict_proba(space(split)), split.images.ids) for split in splits]
+    table = []
+    for position, split in enumerate(splits):
+        named = {method: found[position] for method, found in baselines.items()} | dict(split.assignments)
+        table += [_row(method, assignment, split) for method, assignment in named.items()]
+        if split.true is not None and splits[0].true is not None:
+            table.append(_probes(splits[0], splits[0].true, split, split.true, knn_neighbors))
+    return table
+
+
+def _pixels(images: ImageSet) -> np.ndarray:
+    return images.array.reshape(len(images), -1).astype(np.float32) / 255
+
+
+def _row(method: str, assignment: Assignment, split: Split) -> Scores:
+    values = score_without_labels(assignment, split.neighbors)
+    if split.true is not None:
+        values |= score_assignment(assignment, split.true, method=method, split=split.name).values
+    return Scores(method, split.name, len(assignment), values)
+
+
+def _probes(bank: Split, bank_true: np.ndarray, split: Split, true: np.ndarray, n_neighbors: int) -> Scores:
+    queries, queries_true = (None, None) if bank is split else (split.embeddings, true)
+    probes = {
+        f"knn_accuracy_{n_neighbors}": lambda: knn_accuracy(bank.embeddings, bank_true, queries=queries,
+                                                            queries_true=queries_true, n_neighbors=n_neighbors),
+        "linear_accuracy": lambda: linear_accuracy(bank.embeddings, bank_true, test_embeddings=queries,
+                                                   test_true=queries_true),
+        "neighbor_purity": lambda: neighbor_purity(split.neighbors, true),
+    }
+    values = {}
+    for name, probe in probes.items():
+        try:
+            values[name] = probe()
+        except InputError as error:  # a probe that these few labels do not allow is no reason to lose the others
+            log.warning("no %s: %s", name, error.message)
+    return Scores("embeddings (probes)", split.name, len(split.images), values)

@@ -1,0 +1,81 @@
+"""What there is: recipes, methods, encoders, data sets on this machine; and a run or recipe put into words."""
+
+import dataclasses
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from phyla.images.catalog import DATASETS, found_splits
+from phyla.pipeline import Pipeline
+from phyla.recipes import RECIPES
+from phyla.storage import read_json
+
+METHODS = {
+    "simclr": "pretrain  SimCLR: contrastive embeddings from two views (Chen et al. 2020, as SCAN trains it)",
+    "scan": "cluster   SCAN: an image and its neighbors agree, all clusters are used (van Gansbeke et al. 2020)",
+    "kmeans": "cluster   k-means on embeddings or pixels: the baseline in every table",
+    "selflabel": "refine    self-labelling: confident predictions become targets (van Gansbeke et al. 2020)",
+}
+ENCODERS = {
+    "resnet18 (cifar, stl, imagenet stem)": "trained here from your images; no licence attached",
+    "resnet50 (imagenet stem)": "from a MoCo v2 checkpoint you bring (its authors: CC BY-NC 4.0), or trained here",
+}
+
+
+def inventory(data_dir: Path | None = None) -> dict[str, dict[str, str]]:
+    """Return what `phyla list` shows: section to name to one line."""
+    data = {}
+    for name, data_set in DATASETS.items():
+        splits = found_splits(name, data_dir)
+        state = f"found: {', '.join(splits)}" if splits else "not here"
+        data[name] = f"{data_set.title}, {data_set.n_classes} classes; {state}"
+    return {"recipes": {name: _first_line(function) for name, function in RECIPES.items()},
+            "methods": dict(METHODS), "encoders": dict(ENCODERS), "data": data}
+
+
+def inventory_text(sections: Mapping[str, Mapping[str, str]]) -> str:
+    """Return an inventory as aligned lines."""
+    lines = []
+    for section, entries in sections.items():
+        width = max(len(name) for name in entries)
+        lines += [section, *(f"  {name:<{width}}  {line}" for name, line in entries.items()), ""]
+    return "\n".join(lines).rstrip()
+
+
+def run_facts(run: Path) -> dict[str, Any]:
+    """Return run.json of a run folder, with its scores."""
+    facts = read_json(run / "run.json")
+    scores = run / "scores.json"
+    return facts | {"scores": read_json(scores)["scores"] if scores.exists() else []}
+
+
+def run_text(facts: Mapping[str, Any]) -> str:
+    """Return what a run was, in a few lines."""
+    lines = [f"command   {' '.join(facts['command'])}", f"device    {facts['device']}", f"machine   {facts['machine']}",
+             "versions  " + ", ".join(f"{name} {text}" for name, text in facts["versions"].items()),
+             "images    " + ", ".join(f"{n} {split}" for split, n in facts["n_images"].items()), "stages"]
+    lines += [f"  {name:<10} {stage['seconds']:>8.1f} s" for name, stage in facts["stages"].items()]
+    for row in facts["scores"]:
+        told = ", ".join(f"{name} {value:.4f}" for name, value in sorted(row["values"].items()))
+        lines.append(f"{row['method']} ({row['split']}): {told}")
+    return "\n".join([*lines, *(f"note      {notice}" for notice in facts["notices"])])
+
+
+def recipe_text(name: str, pipeline: Pipeline) -> str:
+    """Return a recipe's card and every option as ``stage.option = value`` lines, ready for --set."""
+    lines = [inspect.getdoc(RECIPES[name]) or name, ""]
+    for part in ("data", "pretrain", "embed", "neighbors", "cluster", "refine", "evaluate"):
+        lines += _options(part, getattr(pipeline, part))
+    return "\n".join(lines)
+
+
+def _options(prefix: str, value: object) -> list[str]:
+    if not dataclasses.is_dataclass(value):
+        return [f"{prefix} = {value}"]
+    return [line for field in dataclasses.fields(value)
+            for line in _options(f"{prefix}.{field.name}", getattr(value, field.name))]
+
+
+def _first_line(function: object) -> str:
+    return (inspect.getdoc(function) or "").split("\n")[0]

@@ -1,0 +1,104 @@
+"""Judge an assignment without truth: the only scores by which a method may choose a head or a checkpoint.
+
+Inputs are probabilities ``(n, K)``, labels ``(n,)`` and the neighbors ``(n, k)`` of the same images; outputs are plain
+numbers. Everything is summed in float64 and in blocks of rows.
+"""
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from phyla.errors import InputError
+from phyla.types import Neighbors
+
+_LOG_FLOOR = -100.0  # of log(p_i·p_j): the published code's, so that one contradiction does not make a score infinite
+_GATHERED = 1 << 22  # float64 numbers gathered at once: 32 MB
+
+
+def neighbor_score(
+    probabilities: np.ndarray | Tensor,
+    neighbors: Neighbors | np.ndarray | Tensor,
+    *,
+    entropy_weight: float = 1.0,
+) -> float:
+    """Return how far neighbors disagree, less how evenly clusters are used: lower is better.
+
+    Parameters
+    ----------
+    probabilities : (n_images, n_clusters), rows summing to 1; a tensor is scored on its device
+    neighbors : (n_images, n_neighbors) indices without the image itself, which counts as one neighbor more
+    entropy_weight : of H; 1 whatever the weight in training
+
+    Raises
+    ------
+    InputError
+        The shapes do not fit, or an index is outside the images.
+
+    Notes
+    -----
+    The mean over images i and their neighbors j, i itself among them, of -log(p_i·p_j), minus ``entropy_weight``
+    times H(mean p), in nats: the validation loss by which SCAN (Van Gansbeke et al. 2020) chooses its head and epoch.
+    """
+    p = _probabilities(probabilities)
+    indices = _indices(neighbors, len(p)).to(p.device)
+    rows = max(1, _GATHERED // (p.shape[1] * (indices.shape[1] + 1)))
+    total = 0.0
+    for start in range(0, len(p), rows):
+        own = p[start : start + rows]
+        others = p[indices[start : start + rows]]
+        similarities = torch.cat([(own[:, None] * others).sum(dim=2), own.square().sum(dim=1, keepdim=True)], dim=1)
+        total -= float(similarities.log().clamp(min=_LOG_FLOOR).sum())
+    disagreement = total / (len(p) * (indices.shape[1] + 1))
+    return disagreement - entropy_weight * _entropy(p.mean(dim=0))
+
+
+def assignment_entropy(probabilities: np.ndarray | Tensor) -> float:
+    """Return the entropy of the mean assignment, in nats: log K when all clusters are used evenly, 0 after collapse."""
+    return _entropy(_probabilities(probabilities).mean(dim=0))
+
+
+def used_clusters(labels: np.ndarray, n_clusters: int, *, min_share: float = 0.0) -> int:
+    """Return how many clusters hold an image, and at least ``min_share`` (0 to 1) of all images."""
+    sizes = np.bincount(labels, minlength=n_clusters)
+    return int(np.count_nonzero((sizes > 0) & (sizes >= min_share * len(labels))))
+
+
+def effective_clusters(labels: np.ndarray) -> float:
+    """Return the exponential of the entropy of the cluster sizes: the number of even clusters that would equal it."""
+    sizes = np.bincount(labels)
+    return float(np.exp(_entropy(torch.from_numpy(sizes / sizes.sum()))))
+
+
+def neighbor_agreement(labels: np.ndarray, neighbors: Neighbors | np.ndarray | Tensor) -> float:
+    """Return the share of pairs of an image and one of its neighbors that lie in the same cluster, 0 to 1."""
+    indices = _indices(neighbors, len(labels)).numpy(force=True)
+    rows = max(1, _GATHERED // indices.shape[1])
+    same = sum(int(np.count_nonzero(labels[indices[start : start + rows]] == labels[start : start + rows, None]))
+               for start in range(0, len(labels), rows))
+    return same / indices.size
+
+
+def _entropy(p: Float[Tensor, " clusters"]) -> float:
+    return float(torch.special.entr(p).sum())
+
+
+def _probabilities(values: np.ndarray | Tensor) -> Float[Tensor, "images clusters"]:
+    """Return the probabilities as float64, on their device if that has float64."""
+    p = values.detach() if isinstance(values, Tensor) else torch.from_numpy(np.require(values, np.float64, "W"))
+    if p.ndim != 2 or 0 in p.shape:
+        raise InputError(f"probabilities must be (n_images, n_clusters), at least one of each, got {tuple(p.shape)}")
+    return (p.cpu() if p.device.type == "mps" else p).double()
+
+
+def _indices(neighbors: Neighbors | np.ndarray | Tensor, n_images: int) -> Int[Tensor, "images neighbors"]:
+    found = neighbors.indices if isinstance(neighbors, Neighbors) else neighbors
+    indices = found.long() if isinstance(found, Tensor) else torch.from_numpy(np.require(found, np.int64, "W"))
+    if indices.ndim != 2 or len(indices) != n_images or indices.shape[1] == 0:
+        raise InputError(f"neighbors of {n_images} images must be ({n_images}, n_neighbors), got "
+                         f"{tuple(indices.shape)}", "score with the neighbors of the same images")
+    lowest, highest = int(indices.min()), int(indices.max())
+    if lowest < 0 or highest >= n_images:
+        raise InputError(f"neighbors must be indices from 0 to {n_images - 1}, got {lowest} to {highest}",
+                         "score with the neighbors of the same images")
+    return indices

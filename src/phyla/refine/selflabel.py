@@ -1,0 +1,233 @@
+"""Self-labelling: the confident predictions on plain images become targets for strongly changed views of them.
+
+van Gansbeke et al. 2020 (SCAN), section 2.3; FixMatch's idea without labels.
+
+In: images and a trained network with one head. Out: ``net_``, ``labels_`` (n,), ``probabilities_`` (n, K).
+
+Differs from the paper: the weak view is no augmentation at all (as the authors' code).
+Differs from the authors' code: a step without a confident image is skipped and counted instead of ending the run;
+collapse is detected and the better of before and after is kept (``keep="last"`` is theirs); ``ema="teacher"`` is a real
+teacher, where ``ema="write_back"`` is the published average, which amounts to a learning rate times (1 - decay) with
+frozen BatchNorm statistics.
+"""
+
+import copy
+import logging
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from sklearn.base import BaseEstimator, ClusterMixin
+from torch import Tensor, nn
+
+from phyla.embed import forward_all
+from phyla.errors import CollapseWarning, InputError, PhylaWarning
+from phyla.images.augment import Views
+from phyla.images.batches import Order, open_pixels
+from phyla.nets.heads import ClusterNet
+from phyla.quality import neighbor_score
+from phyla.storage import fingerprint
+from phyla.training.device import Device, choose_device
+from phyla.training.loop import Loop
+from phyla.types import ImageSet, Neighbors
+
+log = logging.getLogger("phyla")
+
+
+def self_label_loss(weak_logits: Float[Tensor, "batch clusters"], strong_logits: Float[Tensor, "batch clusters"], *,
+                    threshold: float, balanced: bool) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
+    """Return the cross-entropy of strong views with confident pseudo-labels, and how many were confident.
+
+    Parameters
+    ----------
+    weak_logits : (B, K) of plain images; gives the pseudo-labels, no gradient
+    strong_logits : (B, K) of strong views of the same images
+    threshold : an image counts when its largest weak probability is above this
+    balanced : every cluster present weighs the same, whatever its number of images
+
+    Notes
+    -----
+    With q the softmax of the weak logits, m_i = [max_c q_ic > threshold], y_i = argmax_c q_ic, l_i the cross-entropy:
+    plain L = sum_i m_i l_i / sum_i m_i; balanced L = mean over clusters present of the mean of their l_i, which equals
+    the authors' weights n / n_c (van Gansbeke et al. 2020, section 2.3). No confident image: a zero with a graph.
+    """
+    confidence, label = weak_logits.detach().softmax(1).max(1)
+    confident = confidence > threshold
+    n_confident = confident.sum()
+    each = nn.functional.cross_entropy(strong_logits, label, reduction="none")
+    share = confident.to(each.dtype)
+    if balanced:
+        count = torch.zeros(strong_logits.shape[1], dtype=each.dtype, device=each.device).index_add_(0, label, share)
+        share = share / count[label].clamp(min=1) / (count > 0).sum().clamp(min=1)
+    else:
+        share = share / n_confident.clamp(min=1)
+    return (each * share).sum(), n_confident
+
+
+@dataclass(eq=False, repr=False)
+class SelfLabel(ClusterMixin, BaseEstimator):
+    """Refine an assignment with its own confident labels; defaults are the published CIFAR-10 configuration.
+
+    Parameters
+    ----------
+    views : random strong views; their plain form is the weak view
+    threshold : confidence above which an image is used
+    balanced : weigh clusters alike (published: on for CIFAR and STL, off for ImageNet)
+    ema : off; write_back: the published average, written into the model after every step (decay 0.999); teacher: a
+        moving average of the weights makes the pseudo-labels and is the result
+    ema_decay : of either average
+    weak_mode : batch: pseudo-labels use the batch's own BatchNorm statistics, as published; running: the stored ones
+    optimizer, lr, weight_decay, momentum : as in SCAN
+    n_epochs, batch_size : published 200 and 1000
+    patience : epochs without a confident image after which it stops
+    keep : better: the network before or after, by the label-free score; last: after, as published
+    n_selection_neighbors : neighbors of that score
+    random_state : seed of order and views
+    """
+
+    views: Views = Views(kind="strong", size=32)
+    threshold: float = 0.99
+    balanced: bool = True
+    ema: Literal["off", "write_back", "teacher"] = "off"
+    ema_decay: float = 0.999
+    weak_mode: Literal["batch", "running"] = "batch"
+    optimizer: Literal["adam", "sgd"] = "adam"
+    lr: float = 1e-4
+    weight_decay: float = 1e-4
+    momentum: float = 0.9
+    n_epochs: int = 200
+    batch_size: int = 1000
+    patience: int = 3
+    keep: Literal["better", "last"] = "better"
+    n_selection_neighbors: int = 5
+    random_state: int = 0
+
+    def fit(self, images: ImageSet, y: None = None, *, net: ClusterNet, neighbors: Neighbors | None = None,
+            watched: tuple[ImageSet, Neighbors] | None = None, device: Device | None = None,
+            folder: Path | None = None) -> "SelfLabel":
+        """Refine ``net`` on ``images``; set ``net_``, ``labels_``, ``probabilities_``, ``kept_`` and ``history_``.
+
+        Parameters
+        ----------
+        net : a network with one head, from SCAN or another method; it is copied
+        neighbors : of the images, for the label-free score; without them the last state is kept
+        watched : a held-out split and its neighbors on which that score is taken instead
+        folder : keeps a checkpoint from which the same call goes on
+        """
+        self._validate(net)
+        device = device or choose_device("cpu")
+        before, net = net, copy.deepcopy(net)
+        device.place(net).requires_grad_(True)
+        teacher = copy.deepcopy(net) if self.ema != "off" else net
+        optimizer = self._optimizer(net)
+        pixels, weak = open_pixels(images, device.device), self.views.plain()
+        order = Order(len(images), self.batch_size, self.random_state, device=device.device)
+        counters: dict[str, object] = {"skipped": 0, "idle_epochs": 0, "used": 0}
+        state = {"net": net, "optimizer": optimizer} | ({"teacher": teacher} if teacher is not net else {})
+        run = Loop("refine", order, n_epochs=self.n_epochs, state=state, memory=counters,
+                   folder=folder, seed=self.random_state, key=fingerprint(asdict(self), len(images)))
+
+        for step in run:
+            net.train()
+            teacher.train(self.weak_mode == "batch")
+            batch = pixels.take(step.indices)
+            with device.autocast():
+                with torch.no_grad():
+                    source = teacher if self.ema == "teacher" else net
+                    weak_logits = source(device.arrange(weak(batch, step.generator)))[0]
+                net.train()
+                strong_logits = net(device.arrange(self.views(batch, step.generator)))[0]
+            loss, n_confident = self_label_loss(weak_logits.float(), strong_logits.float(), threshold=self.threshold,
+                                                balanced=self.balanced)
+            n_used = int(n_confident)
+            step.log(confident=n_used / len(batch))
+            counters["used"] = int(counters["used"]) + n_used
+            if n_used:
+                step.backward(loss, optimizer)
+                self._average(net, teacher)
+                step.log(loss=loss)
+            else:
+                counters["skipped"] = int(counters["skipped"]) + 1
+            if step.ends_epoch:
+                counters["idle_epochs"] = 0 if counters["used"] else int(counters["idle_epochs"]) + 1
+                counters["used"] = 0
+                step.record(skipped_steps=int(counters["skipped"]))
+                if int(counters["idle_epochs"]) >= self.patience:
+                    run.stop(f"no image was confident above {self.threshold} for {self.patience} epochs")
+
+        after = (teacher if self.ema == "teacher" else net).eval()
+        self.history_, self.skipped_steps_, self.stopped_ = run.history, int(counters["skipped"]), run.stopped
+        self._conclude(before, after, images, neighbors, watched, device)
+        return self
+
+    def predict_proba(self, images: ImageSet) -> np.ndarray:
+        """Return the probabilities of new images, float32 (n_images, K)."""
+        return _probabilities(self.net_, images, self.views, choose_device("cpu"))
+
+    def predict(self, images: ImageSet) -> np.ndarray:
+        """Return the cluster of new images, int64 (n_images,)."""
+        return self.predict_proba(images).argmax(axis=1)
+
+    def _validate(self, net: ClusterNet) -> None:
+        if not 0 <= self.threshold < 1:
+            raise InputError(f"threshold must be at least 0 and below 1, got {self.threshold}")
+        if net.heads.n_heads != 1:
+            raise InputError(f"self-labelling refines one head, got {net.heads.n_heads}", "pass net.only(head)")
+
+    def _optimizer(self, net: nn.Module) -> torch.optim.Optimizer:
+        if self.optimizer == "adam":
+            return torch.optim.Adam(net.parameters(), self.lr, weight_decay=self.weight_decay)
+        return torch.optim.SGD(net.parameters(), self.lr, self.momentum, weight_decay=self.weight_decay)
+
+    @torch.no_grad()
+    def _average(self, net: ClusterNet, teacher: ClusterNet) -> None:
+        if self.ema == "off":
+            return
+        for average, value in zip(teacher.parameters(), net.parameters(), strict=True):
+            average.lerp_(value, 1 - self.ema_decay)
+        if self.ema == "write_back":  # buffers too: the authors' shadow never updates its own
+            net.load_state_dict(teacher.state_dict())
+        elif self.weak_mode == "running":
+            for average, value in zip(teacher.buffers(), net.buffers(), strict=True):
+                average.copy_(value)
+
+    def _conclude(self, before: ClusterNet, after: ClusterNet, images: ImageSet, neighbors: Neighbors | None,
+                  watched: tuple[ImageSet, Neighbors] | None, device: Device) -> None:
+        shown, near = watched if watched else (images, neighbors)
+        scores = {}
+        for name, net in (("before", before), ("after", after)):
+            if near is not None:
+                rows = near.indices[:, : self.n_selection_neighbors]
+                scores[name] = neighbor_score(_probabilities(net, shown, self.views, device), rows)
+        self.scores_ = scores
+        worse = bool(scores) and scores["after"] > scores["before"]
+        self.kept_ = "before" if worse and self.keep == "better" else "after"
+        self.net_ = copy.deepcopy(before if self.kept_ == "before" else after)
+        self.probabilities_ = _probabilities(self.net_, images, self.views, device)
+        self.labels_ = self.probabilities_.argmax(axis=1)
+        self.notices_ = self._notices(before, after, images, device)
+        for notice in self.notices_:
+            log.info("refine: %s", notice)
+
+    def _notices(self, before: ClusterNet, after: ClusterNet, images: ImageSet, device: Device) -> list[str]:
+        used = [len(np.unique(_probabilities(net, images, self.views, device).argmax(1))) for net in (before, after)]
+        notices = []
+        if used[1] < used[0]:
+            text = f"self-labelling emptied {used[0] - used[1]} of {used[0]} clusters"
+            warnings.warn(text, CollapseWarning, stacklevel=4)
+            notices.append(text)
+        if self.stopped_:
+            warnings.warn(f"self-labelling stopped: {self.stopped_}", PhylaWarning, stacklevel=4)
+            notices.append(f"self-labelling stopped early: {self.stopped_}; a lower threshold may help")
+        if self.scores_:
+            notices.append(f"kept the network {self.kept_} self-labelling (neighbor score {self.scores_['before']:.4f} "
+                           f"before, {self.scores_['after']:.4f} after; lower is better)")
+        return notices
+
+
+def _probabilities(net: ClusterNet, images: ImageSet, views: Views, device: Device) -> np.ndarray:
+    return forward_all(images, net, net.probabilities, views.plain(), device=device)[:, 0].float().cpu().numpy()

@@ -1,0 +1,85 @@
+"""Assignments as tables: one row an image, CSV or Parquet, written as a stream so that any number of images fits."""
+
+import csv
+import io
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TextIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from phyla.errors import InputError
+from phyla.storage import atomic
+from phyla.types import Assignment
+
+N_TOP = 3
+COLUMNS = ["id", "cluster", "confidence", "second", "second_probability", "third", "third_probability"]
+FORMATS = (".csv", ".tsv", ".parquet")
+
+
+def write_assignments(path: Path | str, chunks: Iterable[Assignment]) -> int:
+    """Write ``chunks`` to a .csv, .tsv or .parquet file, whole or not at all, and return the number of rows."""
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in FORMATS:
+        raise InputError(f"cannot write a table to {path.name!r}", "end the name in .csv, .tsv or .parquet")
+    with atomic(path) as temporary:
+        if suffix == ".parquet":
+            return _parquet(temporary, chunks)
+        with temporary.open("w", encoding="utf-8", newline="") as out:
+            return stream_csv(out, chunks, delimiter="\t" if suffix == ".tsv" else ",")
+
+
+def stream_csv(out: TextIO, chunks: Iterable[Assignment], *, delimiter: str = ",") -> int:
+    """Write a header and one row an image to an open text file; return the number of rows."""
+    writer = csv.writer(out, delimiter=delimiter, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    n_rows = 0
+    for chunk in chunks:
+        writer.writerows(_rows(chunk))
+        n_rows += len(chunk)
+    return n_rows
+
+
+def csv_text(chunk: Assignment) -> str:
+    """Return the rows of one assignment as CSV text with a header."""
+    out = io.StringIO()
+    stream_csv(out, [chunk])
+    return out.getvalue()
+
+
+def stdout_csv(chunks: Iterable[Assignment]) -> int:
+    """Write CSV to standard output as UTF-8, whatever the terminal's encoding."""
+    out = io.TextIOWrapper(sys.stdout.buffer, encoding="utf-8", newline="", write_through=True)
+    try:
+        return stream_csv(out, chunks)
+    finally:
+        out.detach()
+
+
+def _rows(chunk: Assignment) -> Iterable[list[object]]:
+    clusters, probabilities = chunk.top(N_TOP)
+    for name, found, sure in zip(chunk.ids, clusters, probabilities, strict=True):
+        row: list[object] = [name]
+        for rank in range(N_TOP):
+            row += [int(found[rank]), f"{sure[rank]:.6f}"] if rank < len(found) else ["", ""]
+        yield row
+
+
+def _parquet(path: Path, chunks: Iterable[Assignment]) -> int:
+    kinds = [pa.string()] + [pa.int64(), pa.float32()] * N_TOP
+    schema = pa.schema(list(zip(COLUMNS, kinds, strict=True)))
+    n_rows = 0
+    with pq.ParquetWriter(path, schema) as writer:
+        for chunk in chunks:
+            clusters, probabilities = chunk.top(N_TOP)
+            columns: list[object] = [list(chunk.ids)]
+            for rank in range(N_TOP):
+                there = rank < clusters.shape[1]
+                columns += [clusters[:, rank], probabilities[:, rank]] if there else [[None] * len(chunk)] * 2
+            arrays = [pa.array(column, kind) for column, kind in zip(columns, kinds, strict=True)]
+            writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
+            n_rows += len(chunk)
+    return n_rows
