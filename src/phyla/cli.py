@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 app = typer.Typer(name="phyla", no_args_is_help=True, add_completion=False, rich_markup_mode=None,
                   pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]},
                   help="Find the classes in images that nobody has labelled.\n\n"
-                       "phyla run                        the demonstration: handwritten digits, minutes\n\n"
+                       "phyla run                        the demonstration: digits\n\n"
                        "phyla run FOLDER --classes 10    your own images\n\n"
                        "phyla predict RUN FOLDER         label new images with a finished run")
 
@@ -72,21 +72,24 @@ def _verb(name: str, until: str, text: str) -> None:
     app.command(name, help=text)(verb)
 
 
-_verb("run", "report", "Run the whole chain: images, encoder, embeddings, neighbors, clusters, scores, report.\n\n"
+_verb("run", "report", "Run the whole chain, from images to report.\n\n"
       "Without an argument: the demonstration on scikit-learn's digits. Give the same command again after a stop or a "
       "kill, and it goes on where it was; stages whose options did not change are kept.")
 _verb("pretrain", "pretrain", "Run the chain as far as the trained encoder.")
-_verb("embed", "embed", "Run the chain as far as the embeddings (embeddings.npy).")
-_verb("neighbors", "neighbors", "Run the chain as far as the neighbors (neighbors.npy).")
-_verb("cluster", "cluster", "Run the chain as far as the clusters (assignments.csv, model.safetensors).")
+_verb("embed", "embed", "Run the chain as far as the embeddings.")
+_verb("neighbors", "neighbors", "Run the chain as far as the neighbors.")
+_verb("cluster", "cluster", "Run the chain as far as the clusters.")
 _verb("refine", "refine", "Run the chain as far as the refined clusters.")
-_verb("evaluate", "evaluate", "Run the chain as far as the scores (scores.json), with or without labels.")
+_verb("evaluate", "evaluate", "Run the chain as far as the scores.")
 
 
 @app.command()
 def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="the folder of a run")], data: DataDir = None,
            labels: Labels = None, quiet: Quiet = False, as_json: AsJson = False) -> None:
-    """Rebuild report.html and its figures from what a run already made; nothing is trained."""
+    """Rebuild the report of a run.
+
+    report.html and its figures are made anew from what the run already holds; nothing is trained.
+    """
     from phyla.display import showing
 
     with showing(quiet=quiet):
@@ -103,7 +106,10 @@ def predict(run: Annotated[Path, typer.Argument(metavar="RUN", help="the folder 
                                                      "stdout", show_default=False)] = None,
             device: DeviceName = "auto", precision: Precision = "auto", strict: Strict = False, quiet: Quiet = False,
             as_json: AsJson = False) -> None:
-    """Label new images with a run's classifier: id, cluster, confidence and the next two clusters, as a table."""
+    """Label new images with a run's classifier.
+
+    Gives a table: id, cluster, confidence, and the next two clusters with their probabilities.
+    """
     from phyla.display import showing
 
     with showing(quiet=quiet):
@@ -125,7 +131,7 @@ def export(run: Annotated[Path, typer.Argument(metavar="RUN", help="the folder o
            min_confidence: Annotated[float, typer.Option(help="leave images below this confidence in 'unsure'")] = 0.0,
            link: Annotated[bool, typer.Option("--link", help="make links instead of copies")] = False,
            quiet: Quiet = False) -> None:
-    """Sort the images of a run into one folder a cluster, as copies or links."""
+    """Sort a run's images into one folder a cluster."""
     from phyla.display import showing
 
     with showing(quiet=quiet):
@@ -149,7 +155,7 @@ class Listed(StrEnum):
 @app.command("list")
 def list_(what: Annotated[Listed, typer.Argument(help="which list")] = Listed.all, data: DataDir = None,
           as_json: AsJson = False) -> None:
-    """List recipes, methods, encoders, and the data sets found on this machine."""
+    """List recipes, methods, encoders, data sets found."""
     from phyla.inventory import inventory, inventory_text
 
     found = inventory(data)
@@ -160,7 +166,7 @@ def list_(what: Annotated[Listed, typer.Argument(help="which list")] = Listed.al
 @app.command()
 def show(run: Annotated[Path, typer.Argument(metavar="RUN|RECIPE", help="a run folder, or a recipe")],
          as_json: AsJson = False) -> None:
-    """Show a run (what was run, with what, the scores), or a recipe's options and its card."""
+    """Show what a run was, or a recipe's options."""
     from phyla.inventory import recipe_text, run_facts, run_text
 
     if (run / "run.json").exists():
@@ -178,7 +184,7 @@ def import_(checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", hel
             out: Annotated[Path, typer.Option("--out", "-o", help="folder for the classifier or encoder")],
             stem: Annotated[str | None, typer.Option(help="cifar or stl: the files do not tell",
                                                      show_default=False)] = None, as_json: AsJson = False) -> None:
-    """Convert a published SCAN, SimCLR or MoCo checkpoint into our encoder or classifier."""
+    """Convert a published checkpoint (SCAN, SimCLR, MoCo)."""
     from phyla.display import showing
 
     with showing(quiet=False):

@@ -43,13 +43,13 @@ def neighbor_score(
     p = _probabilities(probabilities)
     indices = _indices(neighbors, len(p)).to(p.device)
     rows = max(1, _GATHERED // (p.shape[1] * (indices.shape[1] + 1)))
-    total = 0.0
+    total = p.new_zeros(())
     for start in range(0, len(p), rows):
         own = p[start : start + rows]
         others = p[indices[start : start + rows]]
         similarities = torch.cat([(own[:, None] * others).sum(dim=2), own.square().sum(dim=1, keepdim=True)], dim=1)
-        total -= float(similarities.log().clamp(min=_LOG_FLOOR).sum())
-    disagreement = total / (len(p) * (indices.shape[1] + 1))
+        total -= similarities.log().clamp(min=_LOG_FLOOR).sum()  # on the device: no waiting for it block by block
+    disagreement = float(total) / (len(p) * (indices.shape[1] + 1))
     return disagreement - entropy_weight * _entropy(p.mean(dim=0))
 
 

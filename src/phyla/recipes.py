@@ -45,7 +45,9 @@ def scan_digits() -> Pipeline:
     return Pipeline(
         name="scan-digits",
         data=Data("digits"),
-        pretrain=SimCLR(encoder=EncoderSpec(width=32), views=crops, n_epochs=100, batch_size=256, lr=0.3),
+        pretrain=SimCLR(encoder=EncoderSpec(width=32), views=crops, temperature=0.5, n_epochs=80,
+                        batch_size=256, lr=0.3),
+        embed=EmbedOptions(layer="encoder"),
         cluster=SCAN(n_clusters=10, views=strong, n_epochs=20, batch_size=128, lr=1e-3),
         refine=SelfLabel(views=strong, n_epochs=30, batch_size=256, lr=5e-4),
     )
@@ -145,7 +147,7 @@ def _small(name: str, source: str, n_clusters: int, stem: Stem, norm: Normalizat
         data=Data(source, held_out="test", pretrain_split=pretrain_split),
         pretrain=SimCLR(encoder=EncoderSpec(stem=stem), views=Views("simclr", size, *norm)),
         cluster=SCAN(n_clusters=n_clusters, views=strong, n_epochs=scan_epochs, batch_size=scan_batch),
-        refine=SelfLabel(views=strong, n_epochs=self_epochs),
+        refine=SelfLabel(views=strong, n_epochs=self_epochs, keep="last"),
     )
 
 
@@ -160,7 +162,8 @@ def _imagenet(name: str, source: str, n_clusters: int, *, batch: int) -> Pipelin
         cluster=SCAN(n_clusters=n_clusters, n_heads=10, views=simclr, update="heads", optimizer="sgd", lr=5.0,
                      weight_decay=0.0, n_epochs=100, batch_size=batch),
         refine=SelfLabel(views=Views("strong", 224, *IMAGENET, cutout=75), balanced=False, ema="write_back",
-                         optimizer="sgd", lr=0.03, weight_decay=0.0, n_epochs=25, batch_size=512),
+                         optimizer="sgd", lr=0.03, weight_decay=0.0, n_epochs=25, batch_size=512,
+                         keep="last"),
     )
 
 

@@ -5,24 +5,37 @@ there is not run again, and a changed option leaves what was made before untouch
 current result: run.json, metrics.jsonl, the arrays, model.safetensors, assignments, report.html.
 """
 
+import errno
+import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from phyla.errors import CorruptFileError, InputError
+from phyla.errors import CorruptFileError, InputError, PhylaError
 from phyla.nets.heads import Projection
 from phyla.nets.resnet import EncoderSpec, ResNet
-from phyla.storage import atomic, fingerprint, read_array, read_json, storage_error, write_array, write_json, write_text
+from phyla.storage import (
+    fingerprint,
+    read_array,
+    read_json,
+    storage_error,
+    write_array,
+    write_json,
+    write_tensors,
+    write_text,
+)
 from phyla.types import Assignment, Embeddings, Neighbors
 
 MARKER = "phyla-run.json"
+OPTIONS = "options.json"
 
 
 @dataclass(frozen=True)
@@ -63,27 +76,34 @@ class RunDir:
         marker = self.path / MARKER
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            foreign = not marker.exists() and any(self.path.iterdir())
-        except FileExistsError as error:
-            raise InputError(f"{self.path} is a file, not a folder", "choose another --out") from error
+            entries = {entry.name for entry in self.path.iterdir()}
         except OSError as error:
-            raise storage_error(self.path, error) from error
-        if foreign:
+            raise _unusable(self.path, error) from error
+        # Without its marker a folder is still ours when it holds what only we write; hidden files do not count.
+        is_ours = MARKER in entries or {OPTIONS, "stages"} <= entries
+        if not is_ours and any(not name.startswith(".") for name in entries):
             raise InputError(f"{self.path} is not empty and not a run folder", "choose another --out")
-        if not marker.exists():
+        if MARKER in entries:
+            held = read_json(marker)
+            if held != identity:
+                told = ", ".join(f"{name} {held.get(name)!r} (now {value!r})" for name, value in identity.items()
+                                 if held.get(name) != value)
+                raise InputError(f"{self.path} holds another run: {told}", "choose another --out; nothing was changed")
+        else:
             write_json(marker, identity)
-            return
-        held = read_json(marker)
-        if held != identity:
-            told = ", ".join(f"{name} {held.get(name)!r} (now {value!r})" for name, value in identity.items()
-                             if held.get(name) != value)
-            raise InputError(f"{self.path} holds another run: {told}", "choose another --out; nothing was changed")
+        for partial in (*self.path.glob(".*.part"), *self.path.glob("stages/*/.*.part")):
+            partial.unlink(missing_ok=True)  # left by a run that was killed while it wrote
 
     def stage(self, name: str, options: object, inputs: Sequence[str],
               make: Callable[[Path], dict[str, object]]) -> Stage:
         """Return the finished stage ``name``: kept if its options and inputs are unchanged, made by ``make`` if not.
 
         ``make`` is given the stage's folder, writes its results there and returns facts for ``done.json``.
+
+        Raises
+        ------
+        CorruptFileError
+            A file of a kept stage is gone, or is not as the stage left it.
         """
         key = fingerprint(name, options, list(inputs))
         folder = self.path / "stages" / f"{name}-{key[:10]}"
@@ -95,47 +115,85 @@ class RunDir:
                                  f"bring it up to date first: phyla run {self.path}")
             try:
                 folder.mkdir(parents=True, exist_ok=True)
+                done.unlink(missing_ok=True)
             except OSError as error:
                 raise storage_error(folder, error) from error
             started = time.monotonic()
             facts = make(folder)
             write_json(done, {"key": key, "options": options, "inputs": list(inputs), "facts": facts,
-                              "seconds": round(time.monotonic() - started, 2)})
-            (folder / "checkpoint.pt").unlink(missing_ok=True)
-        held = read_json(done)
-        self.stages[name] = Stage(name, key, folder, dict(held["facts"]) | {"seconds": held["seconds"]}, kept)
+                              "seconds": round(time.monotonic() - started, 2), "files": _digests(folder)})
+        with reading(done):
+            held = read_json(done)
+            facts = dict(held["facts"]) | {"seconds": float(held["seconds"])}
+            if kept:
+                _check(folder, dict(held.get("files", {})))
+        (folder / "checkpoint.pt").unlink(missing_ok=True)
+        self.stages[name] = Stage(name, key, folder, facts, kept)
         return self.stages[name]
+
+
+def _unusable(path: Path, error: OSError) -> PhylaError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return storage_error(path, error)
+    is_file = isinstance(error, FileExistsError | NotADirectoryError)
+    reason = "a file is in the way" if is_file else error.strerror or str(error)
+    return InputError(f"{path} cannot be a run folder: {reason}", "choose another --out")
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """Return a digest of every file that a stage left; hidden files are being written, a checkpoint goes."""
+    found = {}
+    for path in sorted(folder.iterdir()):
+        if path.name not in ("done.json", "checkpoint.pt") and not path.name.startswith("."):
+            with path.open("rb") as file:
+                found[path.name] = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
+    return found
+
+
+def _check(folder: Path, files: Mapping[str, str]) -> None:
+    now = _digests(folder)
+    for name, digest in files.items():
+        if now.get(name) != digest:
+            raise CorruptFileError(f"{folder / name} is {'changed or damaged' if name in now else 'missing'}")
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn whatever a damaged file of a stage raises inside this block into one line that says what to delete."""
+    try:
+        yield
+    except (SafetensorError, PhylaError, RuntimeError, KeyError, TypeError, ValueError, OSError) as error:
+        told = error.message if isinstance(error, PhylaError) else f"{type(error).__name__}: {error}"
+        told = next(iter(told.splitlines()), "")[:160]
+        message = told if str(path.parent) in told else f"{path} cannot be read ({told})"
+        raise CorruptFileError(message, f"delete {path.parent} and give the command again: that stage is made anew, "
+                                        "the others are kept") from error
 
 
 def save_encoder(folder: Path, encoder: ResNet, projection: Projection | None) -> None:
     """Write encoder.safetensors (encoder and, where there is one, its projection) and encoder.json."""
     parts: dict[str, nn.Module | None] = {"encoder": encoder, "projection": projection}
-    weights = {f"{part}.{name}": value.detach().cpu().contiguous() for part, net in parts.items() if net is not None
+    weights = {f"{part}.{name}": value for part, net in parts.items() if net is not None
                for name, value in net.state_dict().items()}
-    with atomic(folder / "encoder.safetensors") as temporary:
-        save_file(weights, temporary)
+    write_tensors(folder / "encoder.safetensors", weights)
     write_json(folder / "encoder.json", asdict(encoder.spec))
 
 
 def load_encoder(folder: Path) -> tuple[ResNet, Projection | None]:
     """Return the encoder and projection that ``save_encoder`` wrote."""
     path = folder / "encoder.safetensors"
-    try:
+    with reading(path):
         encoder = EncoderSpec(**read_json(folder / "encoder.json")).build()
-        held = load_file(path)
         weights: dict[str, dict[str, Tensor]] = {"encoder": {}, "projection": {}}
-        for name, value in held.items():
+        for name, value in load_file(path).items():
             part, _, inner = name.partition(".")
             weights[part][inner] = value
         encoder.load_state_dict(weights["encoder"])
-        if not weights["projection"]:
-            return encoder.eval(), None
-        projection = Projection(encoder.spec.n_features, len(weights["projection"]["2.bias"]))
-        projection.load_state_dict(weights["projection"])
-    except (SafetensorError, RuntimeError, KeyError, TypeError, OSError) as error:
-        raise CorruptFileError(f"the encoder {path} cannot be read ({str(error).splitlines()[0][:120]})",
-                               f"delete {folder} and give the command again: that stage is made anew") from error
-    return encoder.eval(), projection.eval()
+        projection = None
+        if weights["projection"]:
+            projection = Projection(encoder.spec.n_features, len(weights["projection"]["2.bias"])).eval()
+            projection.load_state_dict(weights["projection"])
+    return encoder.eval(), projection
 
 
 def save_embeddings(folder: Path, embeddings: Embeddings, name: str = "embeddings") -> None:
@@ -146,7 +204,9 @@ def save_embeddings(folder: Path, embeddings: Embeddings, name: str = "embedding
 
 def load_embeddings(folder: Path, name: str = "embeddings") -> Embeddings:
     """Return what ``save_embeddings`` wrote."""
-    return Embeddings(read_array(folder / f"{name}.npy"), load_ids(folder / f"{name}.ids.json"))
+    path = folder / f"{name}.npy"
+    with reading(path):
+        return Embeddings(read_array(path), load_ids(folder / f"{name}.ids.json"))
 
 
 def save_neighbors(folder: Path, neighbors: Neighbors, name: str = "neighbors") -> None:
@@ -157,7 +217,9 @@ def save_neighbors(folder: Path, neighbors: Neighbors, name: str = "neighbors") 
 
 def load_neighbors(folder: Path, name: str = "neighbors") -> Neighbors:
     """Return what ``save_neighbors`` wrote."""
-    return Neighbors(read_array(folder / f"{name}.npy"), read_array(folder / f"{name}.similarities.npy"))
+    path = folder / f"{name}.npy"
+    with reading(path):
+        return Neighbors(read_array(path), read_array(folder / f"{name}.similarities.npy"))
 
 
 def save_assignment(folder: Path, assignment: Assignment, name: str = "assignment") -> None:
@@ -168,7 +230,9 @@ def save_assignment(folder: Path, assignment: Assignment, name: str = "assignmen
 
 def load_assignment(folder: Path, name: str = "assignment") -> Assignment:
     """Return what ``save_assignment`` wrote."""
-    return Assignment(read_array(folder / f"{name}.npy"), load_ids(folder / f"{name}.ids.json"))
+    path = folder / f"{name}.npy"
+    with reading(path):
+        return Assignment(read_array(path), load_ids(folder / f"{name}.ids.json"))
 
 
 def load_ids(path: Path) -> list[str]:
@@ -185,5 +249,6 @@ def load_records(path: Path) -> list[dict[str, object]]:
     """Return the JSON objects of a file with one a line; none when there is no file."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    with reading(path):
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 

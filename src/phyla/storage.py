@@ -114,7 +114,8 @@ def write_array(path: Path | str, array: np.ndarray) -> None:
 def read_array(path: Path | str) -> np.ndarray:
     """Return the array in a .npy file; CorruptFileError when it is damaged."""
     try:
-        return np.load(path, allow_pickle=False)
+        with Path(path).open("rb") as file:
+            return np.lib.format.read_array(file, allow_pickle=False)
     except (ValueError, EOFError, tokenize.TokenError) as error:
         raise CorruptFileError(f"{path} is not a readable array ({error})", _AGAIN) from error
 

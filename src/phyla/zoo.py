@@ -79,8 +79,8 @@ class Published:
             The file has no heads, or several and does not say which is best.
         """
         if self.heads is None or self.head is None:
-            which = "no cluster heads" if self.heads is None else f"{self.heads.n_heads} heads and none is named as best"
-            raise InputError(f"the checkpoint has {which}", "give one of SCAN's model files")
+            held = f"{self.heads.n_heads} heads and does not name the best" if self.heads else "no cluster heads"
+            raise InputError(f"the checkpoint has {held}", "give one of SCAN's model files")
         return ClusterNet(self.encoder, self.heads.only(self.head)).eval()
 
 
@@ -162,11 +162,9 @@ def _official() -> Path:
         if place.exists():
             return place
     raise DataNotFoundError(f"there is no {MOCO_FILE} in {' or '.join(str(root) for root in data_folders())}",
-                            "fetch it from the MoCo project (MoCo v2, 800 epochs, github.com/facebookresearch/moco) and "
+                            "fetch it from the MoCo project (github.com/facebookresearch/moco: v2, 800 epochs) and "
                             f"put it at {places[0]}, or name it: --set pretrain.path=FILE")
 
-
-# ---- from a file to named parts ----------------------------------------------------------------------------------
 
 
 class _Entries(NamedTuple):
@@ -186,6 +184,8 @@ class _Part(NamedTuple):
 
 
 class _Parts(NamedTuple):
+    """The networks of a file."""
+
     is_moco: bool
     encoder: _Part
     projection: _Part
@@ -242,9 +242,6 @@ def _kind(parts: _Parts, entries: _Entries, heads: ClusterHeads | None) -> Kind:
     if heads is None:
         return "pretext"
     return "scan" if entries.names_head or heads.n_heads > 1 else "selflabel"
-
-
-# ---- from named parts to networks ---------------------------------------------------------------------------------
 
 
 def _encoder(path: Path, part: _Part, stem: Stem | None) -> ResNet:

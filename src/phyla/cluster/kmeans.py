@@ -7,7 +7,6 @@ to length 1, so that squared distance is 2 - 2·cosine.
 
 import warnings
 from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
 from sklearn.base import BaseEstimator, ClusterMixin
@@ -62,7 +61,7 @@ class KMeans(ClusterMixin, BaseEstimator):
     temperature: float = 0.1
     random_state: int | None = 0
 
-    def fit(self, embeddings: Embeddings | np.ndarray, y: None = None) -> Self:
+    def fit(self, embeddings: Embeddings | np.ndarray, y: None = None) -> "KMeans":
         """Find the centers of ``embeddings``, (n_images, n_features), and assign every row.
 
         Raises

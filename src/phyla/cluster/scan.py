@@ -12,24 +12,28 @@ similarity of 1e-12; heads are one matrix product; ``class_prior``, ``forwards="
 
 import copy
 import logging
-from dataclasses import asdict, dataclass
+import math
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from sklearn.base import BaseEstimator, ClusterMixin
+from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
-from phyla.embed import forward_all
-from phyla.errors import InputError
+from phyla.embed import forward_all, weights_fingerprint
+from phyla.errors import CollapseWarning, InputError, NonFiniteLossError, nearest
 from phyla.images.augment import Views
 from phyla.images.batches import Order, open_pixels
 from phyla.neighbors import find_neighbors
 from phyla.nets.heads import ClusterHeads, ClusterNet
 from phyla.quality import neighbor_score
-from phyla.randomness import generator
+from phyla.randomness import derive_seed, generator
 from phyla.storage import fingerprint
 from phyla.training.device import Device, choose_device
 from phyla.training.loop import Loop, Step
@@ -49,8 +53,9 @@ class ScanLoss(NamedTuple):
     entropy: Tensor
 
 
-def scan_loss(anchor_logits: Float[Tensor, "*heads batch clusters"], neighbor_logits: Float[Tensor, "*heads batch clusters"],
-              *, entropy_weight: float, class_prior: Float[Tensor, " clusters"] | None = None) -> ScanLoss:
+def scan_loss(anchor_logits: Float[Tensor, "*heads batch clusters"],
+              neighbor_logits: Float[Tensor, "*heads batch clusters"], *, entropy_weight: float,
+              class_prior: Float[Tensor, " clusters"] | None = None) -> ScanLoss:
     """Return SCAN's loss of anchors and one neighbor each; leading axes are heads and give one loss each.
 
     Parameters
@@ -92,7 +97,7 @@ class SCAN(ClusterMixin, BaseEstimator):
     n_clusters : K; more than the classes expected gives over-clustering
     n_heads : heads trained side by side, of which the one with the lowest ``neighbor_score`` is kept
     entropy_weight : lambda of Eq. 2
-    class_prior : expected share of each cluster when the classes are uneven; None: uniform
+    class_prior : expected share of each cluster when the classes are uneven, summing to 1; None: uniform
     views : random views of anchors and neighbors
     update : all: encoder and heads; heads: the encoder stays frozen, in evaluation mode
     cached_views : with ``update="heads"``: embeddings of this many random views an image are made once and drawn from;
@@ -126,7 +131,9 @@ class SCAN(ClusterMixin, BaseEstimator):
     def fit(self, images: ImageSet | Embeddings | np.ndarray, y: None = None, *, neighbors: Neighbors | None = None,
             encoder: nn.Module | None = None, watched: Watched | None = None, device: Device | None = None,
             folder: Path | None = None) -> "SCAN":
-        """Cluster ``images`` and set ``net_``, ``labels_``, ``probabilities_``, ``score_`` and ``history_``.
+        """Cluster ``images`` and set ``net_``, ``labels_``, ``probabilities_``, ``history_`` and what was kept.
+
+        That is ``head_`` (from 0), ``epoch_`` (from 1) and ``score_``, the lowest ``neighbor_score``.
 
         Parameters
         ----------
@@ -134,20 +141,31 @@ class SCAN(ClusterMixin, BaseEstimator):
         neighbors : of every image; for embeddings they are found when missing (20, or fewer for tiny sets)
         watched : other images to take the label-free score on (a held-out split); the training images when None
         folder : keeps a checkpoint from which the same call goes on
+
+        Raises
+        ------
+        InputError
+            An option out of its range, more clusters than images, no encoder or neighbors for images, or neighbors of
+            another set.
+        NonFiniteLossError
+            The loss became NaN or infinite.
         """
         device = device or choose_device("cpu")
-        neighbors = neighbors or self._find_neighbors(images)
-        self._validate(images, encoder, neighbors)
+        for fault in self._faults(images, encoder, watched):
+            raise fault
+        neighbors = self._find_neighbors(images) if neighbors is None else neighbors
+        _check_neighbors(neighbors, len(images))
+        key = self._key(images, neighbors, encoder, watched) if folder else ""
         source = self._open(images, neighbors, encoder, watched, device)
         net = ClusterNet(source.encoder, ClusterHeads(source.n_features, self.n_clusters, self.n_heads))
         net.heads.initialise(generator(self.random_state, "scan heads"))
         device.place(net).requires_grad_(True)
+        net.encoder.requires_grad_(source.trains_encoder)
         optimizer = self._optimizer(net if source.trains_encoder else net.heads)
         order = Order(len(images), self.batch_size, self.random_state, device=device.device)
-        best: dict[str, object] = {"score": float("inf"), "head": 0, "epoch": 0, "state": {}}
+        best: dict[str, Any] = {"score": math.inf, "head": 0, "epoch": 0, "state": {}}
         run = Loop("cluster", order, n_epochs=self.n_epochs, state={"net": net, "optimizer": optimizer}, memory=best,
-                   folder=folder, seed=self.random_state,
-                   key=fingerprint(asdict(self), len(images), neighbors.fingerprint))
+                   folder=folder, seed=self.random_state, key=key)
         prior = None if self.class_prior is None else torch.tensor(self.class_prior, device=device.device)
 
         for step in run:
@@ -165,28 +183,39 @@ class SCAN(ClusterMixin, BaseEstimator):
             if step.ends_epoch:
                 scores = self._scores(source.watched_probabilities(net), source.watched_neighbors)
                 head = int(np.argmin(scores))
+                if not math.isfinite(scores[head]):
+                    raise NonFiniteLossError(f"cluster: the weights are not finite after step {step.index}",
+                                             "lower the learning rate (--set cluster.lr=...)")
                 step.record(neighbor_score=scores[head], head=head)
                 if scores[head] < best["score"] or self.select == "last":
                     state = {name: value.detach().clone() for name, value in net.state_dict().items()}
                     best.update(score=scores[head], head=head, epoch=step.epoch + 1, state=state)
 
         net.load_state_dict(best["state"])
-        self.head_, self.epoch_, self.score_ = int(best["head"]), int(best["epoch"]), float(best["score"])
+        self.head_, self.epoch_, self.score_ = best["head"], best["epoch"], best["score"]
         self.history_ = run.history
-        self.probabilities_ = source.probabilities(net)[:, self.head_].float().cpu().numpy()
+        kept = net.only(self.head_)  # before all images are predicted: with ten heads ImageNet's would not fit
+        self.probabilities_ = source.probabilities(kept)[:, 0].float().cpu().numpy()
         self.labels_ = self.probabilities_.argmax(axis=1)
-        self.net_ = source.whole(net.only(self.head_)).eval()
-        log.info("cluster: kept epoch %d of %d, head %d of %d, neighbor score %.4f", self.epoch_, self.n_epochs,
-                 self.head_ + 1, self.n_heads, self.score_)
+        self.net_ = source.whole(kept).eval()
+        self._tell()
         return self
 
     def predict_proba(self, images: ImageSet | Embeddings | np.ndarray) -> np.ndarray:
         """Return the probabilities of new images (or embeddings, if fitted on them), float32 (n_images, K)."""
-        device = choose_device("cpu")
+        check_is_fitted(self)
+        heads, encoder = self.net_.heads, self.net_.encoder
         if isinstance(images, ImageSet):
-            return forward_all(images, self.net_, self.net_.probabilities, self.views.plain(), device=device)[:, 0].numpy()
+            if isinstance(encoder, nn.Identity):
+                raise InputError("this SCAN was fitted on embeddings and has no encoder", "embed the images first")
+            found = forward_all(images, self.net_, self.net_.probabilities, self.views.plain())
+            return found[:, 0].float().cpu().numpy()
+        rows = _rows(images)
+        if rows.shape[1] != heads.weight.shape[2]:
+            raise InputError(f"embeddings of {rows.shape[1]} features do not fit heads of {heads.weight.shape[2]}",
+                             "embed with the encoder of the fit")
         with torch.no_grad():
-            return self.net_.heads.probabilities(torch.from_numpy(_rows(images)))[:, 0].numpy()
+            return heads.probabilities(torch.from_numpy(rows).to(heads.weight.device))[:, 0].cpu().numpy()
 
     def predict(self, images: ImageSet | Embeddings | np.ndarray) -> np.ndarray:
         """Return the cluster of new images, int64 (n_images,)."""
@@ -197,22 +226,47 @@ class SCAN(ClusterMixin, BaseEstimator):
             raise InputError("SCAN on images needs their neighbors", "phyla.neighbors.find_neighbors(embeddings, 20)")
         return find_neighbors(_rows(images), min(20, len(images) - 1))
 
-    def _validate(self, images: ImageSet | Embeddings | np.ndarray, encoder: nn.Module | None,
-                  neighbors: Neighbors) -> None:
-        if self.n_clusters < 1:
-            raise InputError(f"n_clusters must be at least 1, got {self.n_clusters}")
-        if self.n_clusters > len(images):
-            raise InputError(f"n_clusters={self.n_clusters} needs at least {self.n_clusters} images, got {len(images)}",
-                             "lower n_clusters or add images")
-        if len(neighbors) != len(images) or neighbors.indices.max() >= len(images):
-            raise InputError(f"the neighbors belong to another set: {len(neighbors)} rows, {len(images)} images",
-                             "find them again for these images")
+    def _faults(self, images: ImageSet | Embeddings | np.ndarray, encoder: nn.Module | None,
+                watched: Watched | None) -> Iterator[InputError]:
+        for name, least in (("n_clusters", 1), ("n_heads", 1), ("n_selection_neighbors", 1), ("cached_views", 0)):
+            if getattr(self, name) < least:
+                yield InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        for field in fields(self):
+            value, allowed = getattr(self, field.name), get_args(field.type)
+            if get_origin(field.type) is Literal and value not in allowed:
+                yield InputError(f"{field.name}={value!r} is not allowed", nearest(str(value), list(allowed)))
+        if len(images) < max(2, self.n_clusters):
+            yield InputError(f"n_clusters={self.n_clusters} needs at least {max(2, self.n_clusters)} images, "
+                             f"got {len(images)}", "lower n_clusters or add images")
         if isinstance(images, ImageSet) and encoder is None:
-            raise InputError("SCAN on images needs an encoder", "fit SimCLR first and pass encoder=simclr.encoder_")
-        if self.class_prior is not None and len(self.class_prior) != self.n_clusters:
-            raise InputError(f"class_prior needs {self.n_clusters} shares, got {len(self.class_prior)}")
+            yield InputError("SCAN on images needs an encoder", "fit SimCLR first and pass encoder=simclr.encoder_")
+        if not isinstance(images, ImageSet) and (encoder is not None or watched is not None):
+            yield InputError("embeddings come without an encoder and watched images", "pass the images instead")
         if self.cached_views and self.update == "all":
-            raise InputError("cached_views needs a frozen encoder", "set update=heads, or cached_views=0")
+            yield InputError("cached_views needs a frozen encoder", "set update=heads, or cached_views=0")
+        prior = self.class_prior
+        if prior is not None and not (len(prior) == self.n_clusters and min(prior) >= 0
+                                      and abs(sum(prior) - 1) < 1e-3):
+            yield InputError(f"class_prior needs {self.n_clusters} shares of 0 to 1 that sum to 1, got {prior}")
+        if watched is not None:
+            _check_neighbors(watched.neighbors, len(watched.images))
+
+    def _key(self, images: ImageSet | Embeddings | np.ndarray, neighbors: Neighbors, encoder: nn.Module | None,
+             watched: Watched | None) -> str:
+        content = images.fingerprint if isinstance(images, ImageSet) else _rows(images)
+        start = None if encoder is None else weights_fingerprint(encoder)
+        judges = None if watched is None else [watched.images.fingerprint, watched.neighbors.fingerprint]
+        return fingerprint(asdict(self), content, neighbors.fingerprint, start, judges)
+
+    def _tell(self) -> None:
+        log.info("cluster: kept epoch %d of %d, head %d of %d, neighbor score %.4f", self.epoch_, self.n_epochs,
+                 self.head_ + 1, self.n_heads, self.score_)
+        n_used = len(np.unique(self.labels_))
+        if n_used < self.n_clusters:
+            log.info("cluster: %d of %d clusters hold an image", n_used, self.n_clusters)
+        if n_used == 1 < self.n_clusters:
+            warnings.warn(f"SCAN put all {len(self.labels_)} images into one of {self.n_clusters} clusters. hint: raise "
+                          "entropy_weight, train longer, or look at the embeddings", CollapseWarning, stacklevel=3)
 
     def _open(self, images: ImageSet | Embeddings | np.ndarray, neighbors: Neighbors, encoder: nn.Module | None,
               watched: Watched | None, device: Device) -> "_FromImages | _FromEmbeddings":
@@ -226,7 +280,8 @@ class SCAN(ClusterMixin, BaseEstimator):
         def embedded(shown: ImageSet, views: Views, seed: int = 0) -> Tensor:
             return forward_all(shown, encoder, encoder, views, device=device, seed=seed, title="embed views").float()
 
-        drawn = torch.stack([embedded(images, self.views, seed) for seed in range(self.cached_views)])
+        seeds = [derive_seed(self.random_state, "cached views", view) for view in range(self.cached_views)]
+        drawn = torch.stack([embedded(images, self.views, seed) for seed in seeds])
         held_out = embedded(watched.images, self.views.plain()) if watched else None
         return _FromEmbeddings(embedded(images, self.views.plain()), drawn, neighbors, encoder, watched, held_out)
 
@@ -316,6 +371,14 @@ class _FromEmbeddings:
 
     def whole(self, net: ClusterNet) -> ClusterNet:
         return ClusterNet(self.frozen, net.heads)
+
+
+def _check_neighbors(neighbors: Neighbors, n_images: int) -> None:
+    indices = neighbors.indices
+    if len(indices) != n_images or not indices.size or indices.min() < 0 or indices.max() >= n_images:
+        span = f"indices {indices.min()} to {indices.max()}" if indices.size else "no neighbors"
+        raise InputError(f"the neighbors belong to another set: {len(indices)} rows, {span}, for {n_images} images",
+                         "find them again for these images")
 
 
 def _rows(embeddings: Embeddings | np.ndarray | ImageSet) -> np.ndarray:

@@ -10,7 +10,7 @@ used them (no blur), and ``ruc_*`` those of RUC (Park et al. 2021, authors' code
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -36,10 +36,10 @@ OPERATIONS: Mapping[str, Callable[[Images, Factors], Images]] = {
     "brightness": pixelwise.brightness,
     "sharpness": pixelwise.sharpness,
     "shear_x": geometry.shear_x,
+    "shear_y": geometry.shear_y,
     "translate_x": geometry.translate_x,
     "translate_y": geometry.translate_y,
     "posterize": pixelwise.posterize,
-    "shear_y": geometry.shear_y,
     "hue": pixelwise.adjust_hue,
 }
 """Each operation by name: images and one magnitude an image to images."""
@@ -49,7 +49,7 @@ STRONG = tuple(name for name in OPERATIONS if name != "hue")
 
 # Values worked on together. Temporaries above about a megabyte cost a CPU its cache and a page fault a page, which
 # made some operations five times slower; a GPU is only limited by its memory.
-_CPU_BLOCK, _DEVICE_BLOCK = 1 << 19, 1 << 27
+_CPU_BLOCK, _DEVICE_BLOCK = 1 << 19, 1 << 26
 
 
 class Draws(NamedTuple):
@@ -74,7 +74,7 @@ class Draws(NamedTuple):
 
     def to(self, device: torch.device) -> "Draws":
         """Return the draws on ``device``, but ``ids`` on the CPU: it is the host that sorts by them."""
-        return Draws(*(t.to(device, non_blocking=True) for t in self))._replace(ids=self.ids.cpu())
+        return Draws(*(t.cpu() if t is self.ids else t.to(device, non_blocking=True) for t in self))
 
     def part(self, rows: slice) -> "Draws":
         """Return the draws of ``rows``."""
@@ -158,7 +158,6 @@ class Views:
     cutout: int = 16
     level: int = 1
 
-
     def __post_init__(self) -> None:
         for name in ("mean", "std", "crop_scale", "crop_ratio", "operations"):  # JSON has lists where we have tuples
             object.__setattr__(self, name, tuple(getattr(self, name)))
@@ -189,7 +188,9 @@ class Views:
             yield f"hue={self.hue}: 0 to 0.5 of the color circle"
         if not 1 <= self.level <= 10:
             yield f"level={self.level}: 1 to 10"
-        allowed = {"strong": math.inf if self.operations else 0, "ruc_strong": len(set(self.operations))}
+        if len(set(self.operations)) < len(self.operations):
+            yield f"operations={self.operations}: each name once"
+        allowed = {"strong": math.inf if self.operations else 0, "ruc_strong": len(self.operations)}
         if not 0 <= self._n_operations <= allowed.get(self.kind, math.inf):
             yield f"n_operations={self._n_operations} drawn from {len(self.operations)} operations"
 
@@ -204,7 +205,7 @@ class Views:
 
     def plain(self) -> "Views":
         """Return the recipe of the central square, nothing random, of the same size and normalization."""
-        return replace(self, kind="plain")
+        return Views(kind="plain", size=self.size, mean=self.mean, std=self.std)
 
     def __call__(
         self, pixels: UInt8[Tensor, "batch height width 3"], generator: torch.Generator

@@ -2,8 +2,9 @@
 
 Resizing is Pillow's: a triangle as wide as an output pixel is in the input (so shrinking does not alias), first along
 rows, then along columns, with 22-bit whole-number weights and 8-bit values between. In whole numbers the result is
-Pillow's to the last bit, and the same on every device. Affine maps take the nearest pixel by Pillow's 16-bit fixed
-point and leave black what lies outside. ``images`` are as in `phyla.images.operations`.
+Pillow's to the last bit, and the same on every device. (Pillow 13 goes along columns first where the height shrinks by
+more than twice what the width does: there a value in ten differs by 1.) Affine maps take the nearest pixel by Pillow's
+16-bit fixed point and leave black what lies outside. ``images`` are as in `phyla.images.operations`.
 """
 
 import math

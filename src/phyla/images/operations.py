@@ -100,7 +100,7 @@ def autocontrast(images: Images) -> Images:
     """Return images whose darkest value is 0 and brightest 255, each channel for itself."""
     low, high = (extreme.double().unsqueeze(-1) for extreme in (images.amin((2, 3)), images.amax((2, 3))))
     # In float64 as Pillow: the truncation below turns a last-digit error into a whole step (255 into 254).
-    scale = torch.full_like(low, 255).div_(high - low)  # not 255 / tensor, which torch makes a reciprocal, rounded twice
+    scale = torch.full_like(low, 255).div_(high - low)  # torch makes 255 / tensor a reciprocal: rounded twice
     levels = torch.arange(256, dtype=torch.float64, device=images.device)
     table = (levels * scale + -low * scale).trunc().clamp(0, 255)
     return _look_up(images, torch.where(high > low, table, levels).float())

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from sklearn.base import BaseEstimator, TransformerMixin
+from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
 from phyla.embed import embed
@@ -91,22 +92,27 @@ class SimCLR(TransformerMixin, BaseEstimator):
         """Train on ``images`` and set ``encoder_``, ``projection_`` and ``history_``.
 
         ``folder`` keeps a checkpoint from which the same call goes on.
+
+        Raises
+        ------
+        InputError
+            An option out of its range, or fewer than two images.
+        NonFiniteLossError
+            The loss became NaN or infinite.
         """
-        if self.temperature <= 0:
-            raise InputError(f"temperature must be above 0, got {self.temperature}")
-        if len(images) < 2:
-            raise InputError(f"SimCLR needs at least 2 images, got {len(images)}")
+        self._validate(images)
         device = device or choose_device("cpu")
         encoder, projection = self._build()
         net = device.place(nn.Sequential(encoder, projection)).train()
         optimizer = torch.optim.SGD(net.parameters(), self.lr, self.momentum, weight_decay=self.weight_decay,
                                     fused=device.device.type == "cuda")
+        key = fingerprint(asdict(self), images.fingerprint) if folder else ""
         pixels = open_pixels(images, device.device)
         order = Order(len(images), self.batch_size, self.random_state, device=device.device)
         ramp = n_steps(self.warmup, steps_per_epoch=order.steps_per_epoch, batch_size=order.rows,
                        total_steps=order.steps_per_epoch * self.n_epochs)
         run = Loop("pretrain", order, n_epochs=self.n_epochs, state={"net": net, "optimizer": optimizer},
-                   folder=folder, seed=self.random_state, key=fingerprint(asdict(self), len(images)))
+                   folder=folder, seed=self.random_state, key=key)
 
         for step in run:
             step.set_lr(optimizer, warm_up(step.index, steps=ramp)
@@ -128,7 +134,18 @@ class SimCLR(TransformerMixin, BaseEstimator):
 
     def transform(self, images: ImageSet) -> np.ndarray:
         """Return the embeddings of ``images``, float32 (n_images, n_features)."""
+        check_is_fitted(self)
         return embed(images, self.encoder_, self.views.plain()).values
+
+    def _validate(self, images: ImageSet) -> None:
+        if not self.temperature > 0:
+            raise InputError(f"temperature must be above 0, got {self.temperature}")
+        if self.n_projection < 1:
+            raise InputError(f"n_projection must be at least 1, got {self.n_projection}")
+        if self.batch_size < 2:
+            raise InputError(f"batch_size={self.batch_size} leaves no other image to compare with", "at least 2")
+        if len(images) < 2:
+            raise InputError(f"SimCLR needs at least 2 images, got {len(images)}")
 
     def _build(self) -> tuple[ResNet, Projection]:
         source = generator(self.random_state, "simclr weights")

@@ -14,25 +14,27 @@ frozen BatchNorm statistics.
 import copy
 import logging
 import warnings
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args, get_origin
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from sklearn.base import BaseEstimator, ClusterMixin
+from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
-from phyla.embed import forward_all
-from phyla.errors import CollapseWarning, InputError, PhylaWarning
+from phyla.embed import forward_all, weights_fingerprint
+from phyla.errors import CollapseWarning, InputError, PhylaWarning, nearest
 from phyla.images.augment import Views
 from phyla.images.batches import Order, open_pixels
 from phyla.nets.heads import ClusterNet
 from phyla.quality import neighbor_score
 from phyla.storage import fingerprint
 from phyla.training.device import Device, choose_device
-from phyla.training.loop import Loop
+from phyla.training.loop import Loop, Stateful
 from phyla.types import ImageSet, Neighbors
 
 log = logging.getLogger("phyla")
@@ -111,33 +113,46 @@ class SelfLabel(ClusterMixin, BaseEstimator):
             folder: Path | None = None) -> "SelfLabel":
         """Refine ``net`` on ``images``; set ``net_``, ``labels_``, ``probabilities_``, ``kept_`` and ``history_``.
 
+        Also ``scores_`` (before, after; lower is better), ``skipped_steps_``, ``stopped_`` (why it ended early, or
+        None) and ``notices_``, sentences for a report.
+
         Parameters
         ----------
         net : a network with one head, from SCAN or another method; it is copied
         neighbors : of the images, for the label-free score; without them the last state is kept
         watched : a held-out split and its neighbors on which that score is taken instead
         folder : keeps a checkpoint from which the same call goes on
+
+        Raises
+        ------
+        InputError
+            An option out of its range, a network with several heads or without an encoder, or neighbors of another set.
+        NonFiniteLossError
+            The loss became NaN or infinite.
         """
-        self._validate(net)
+        for fault in self._faults(images, net, neighbors, watched):
+            raise fault
         device = device or choose_device("cpu")
-        before, net = net, copy.deepcopy(net)
+        key = fingerprint(asdict(self), images.fingerprint, weights_fingerprint(net)) if folder else ""
+        before, net = copy.deepcopy(net), copy.deepcopy(net)
         device.place(net).requires_grad_(True)
         teacher = copy.deepcopy(net) if self.ema != "off" else net
         optimizer = self._optimizer(net)
         pixels, weak = open_pixels(images, device.device), self.views.plain()
         order = Order(len(images), self.batch_size, self.random_state, device=device.device)
-        counters: dict[str, object] = {"skipped": 0, "idle_epochs": 0, "used": 0}
-        state = {"net": net, "optimizer": optimizer} | ({"teacher": teacher} if teacher is not net else {})
+        counters: dict[str, Any] = {"skipped": 0, "idle_epochs": 0, "used": 0}
+        state: dict[str, Stateful] = {"net": net, "optimizer": optimizer}
+        if teacher is not net:
+            state["teacher"] = teacher
         run = Loop("refine", order, n_epochs=self.n_epochs, state=state, memory=counters,
-                   folder=folder, seed=self.random_state, key=fingerprint(asdict(self), len(images)))
+                   folder=folder, seed=self.random_state, key=key)
+        source = teacher if self.ema == "teacher" else net
 
         for step in run:
-            net.train()
-            teacher.train(self.weak_mode == "batch")
+            source.train(self.weak_mode == "batch")
             batch = pixels.take(step.indices)
             with device.autocast():
                 with torch.no_grad():
-                    source = teacher if self.ema == "teacher" else net
                     weak_logits = source(device.arrange(weak(batch, step.generator)))[0]
                 net.train()
                 strong_logits = net(device.arrange(self.views(batch, step.generator)))[0]
@@ -145,38 +160,57 @@ class SelfLabel(ClusterMixin, BaseEstimator):
                                                 balanced=self.balanced)
             n_used = int(n_confident)
             step.log(confident=n_used / len(batch))
-            counters["used"] = int(counters["used"]) + n_used
+            counters["used"] += n_used
             if n_used:
                 step.backward(loss, optimizer)
-                self._average(net, teacher)
                 step.log(loss=loss)
             else:
-                counters["skipped"] = int(counters["skipped"]) + 1
+                run.watch(loss, step.index)  # NaN is never confident: without this look it would pass as a skipped step
+                counters["skipped"] += 1
+            self._average(net, teacher, moved=n_used > 0)
             if step.ends_epoch:
-                counters["idle_epochs"] = 0 if counters["used"] else int(counters["idle_epochs"]) + 1
+                counters["idle_epochs"] = 0 if counters["used"] else counters["idle_epochs"] + 1
                 counters["used"] = 0
-                step.record(skipped_steps=int(counters["skipped"]))
-                if int(counters["idle_epochs"]) >= self.patience:
+                step.record(skipped_steps=counters["skipped"])
+                if counters["idle_epochs"] >= self.patience:
                     run.stop(f"no image was confident above {self.threshold} for {self.patience} epochs")
 
-        after = (teacher if self.ema == "teacher" else net).eval()
-        self.history_, self.skipped_steps_, self.stopped_ = run.history, int(counters["skipped"]), run.stopped
+        after = teacher if self.ema == "teacher" else net
+        self.history_, self.skipped_steps_, self.stopped_ = run.history, counters["skipped"], run.stopped
         self._conclude(before, after, images, neighbors, watched, device)
         return self
 
     def predict_proba(self, images: ImageSet) -> np.ndarray:
         """Return the probabilities of new images, float32 (n_images, K)."""
-        return _probabilities(self.net_, images, self.views, choose_device("cpu"))
+        check_is_fitted(self)
+        return _probabilities(self.net_, images, self.views, None)
 
     def predict(self, images: ImageSet) -> np.ndarray:
         """Return the cluster of new images, int64 (n_images,)."""
         return self.predict_proba(images).argmax(axis=1)
 
-    def _validate(self, net: ClusterNet) -> None:
-        if not 0 <= self.threshold < 1:
-            raise InputError(f"threshold must be at least 0 and below 1, got {self.threshold}")
+    def _faults(self, images: ImageSet, net: ClusterNet, neighbors: Neighbors | None,
+                watched: tuple[ImageSet, Neighbors] | None) -> Iterator[InputError]:
+        for name in ("threshold", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                yield InputError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
+        for name in ("patience", "n_selection_neighbors"):
+            if getattr(self, name) < 1:
+                yield InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for field in fields(self):
+            value, allowed = getattr(self, field.name), get_args(field.type)
+            if get_origin(field.type) is Literal and value not in allowed:
+                yield InputError(f"{field.name}={value!r} is not allowed", nearest(str(value), list(allowed)))
         if net.heads.n_heads != 1:
-            raise InputError(f"self-labelling refines one head, got {net.heads.n_heads}", "pass net.only(head)")
+            yield InputError(f"self-labelling refines one head, got {net.heads.n_heads}", "pass net.only(head)")
+        if isinstance(net.encoder, nn.Identity):
+            yield InputError("self-labelling needs a network on images, this one takes embeddings",
+                             "fit SCAN on images with encoder=..., and pass its net_")
+        for shown, near in [(images, neighbors), *([watched] if watched else [])]:
+            if near is not None and not (len(near) == len(shown) and near.indices.size
+                                         and 0 <= near.indices.min() <= near.indices.max() < len(shown)):
+                yield InputError(f"the neighbors belong to another set: {len(near)} rows, {len(shown)} images",
+                                 "find them again for these images")
 
     def _optimizer(self, net: nn.Module) -> torch.optim.Optimizer:
         if self.optimizer == "adam":
@@ -184,50 +218,49 @@ class SelfLabel(ClusterMixin, BaseEstimator):
         return torch.optim.SGD(net.parameters(), self.lr, self.momentum, weight_decay=self.weight_decay)
 
     @torch.no_grad()
-    def _average(self, net: ClusterNet, teacher: ClusterNet) -> None:
+    def _average(self, net: ClusterNet, teacher: ClusterNet, *, moved: bool) -> None:
         if self.ema == "off":
             return
-        for average, value in zip(teacher.parameters(), net.parameters(), strict=True):
-            average.lerp_(value, 1 - self.ema_decay)
+        if moved:
+            for average, value in zip(teacher.parameters(), net.parameters(), strict=True):
+                average.lerp_(value, 1 - self.ema_decay)
         if self.ema == "write_back":  # buffers too: the authors' shadow never updates its own
             net.load_state_dict(teacher.state_dict())
-        elif self.weak_mode == "running":
-            for average, value in zip(teacher.buffers(), net.buffers(), strict=True):
-                average.copy_(value)
+        elif self.weak_mode == "running":  # a teacher that only runs in evaluation mode gathers no statistics itself
+            for held, seen in zip(teacher.buffers(), net.buffers(), strict=True):
+                held.copy_(seen)
 
     def _conclude(self, before: ClusterNet, after: ClusterNet, images: ImageSet, neighbors: Neighbors | None,
                   watched: tuple[ImageSet, Neighbors] | None, device: Device) -> None:
-        shown, near = watched if watched else (images, neighbors)
-        scores = {}
-        for name, net in (("before", before), ("after", after)):
-            if near is not None:
-                rows = near.indices[:, : self.n_selection_neighbors]
-                scores[name] = neighbor_score(_probabilities(net, shown, self.views, device), rows)
-        self.scores_ = scores
-        worse = bool(scores) and scores["after"] > scores["before"]
+        nets = {"before": before, "after": after}
+        found = {name: _probabilities(net, images, self.views, device) for name, net in nets.items()}
+        self.scores_: dict[str, float] = {}
+        shown, near = watched or (images, neighbors)
+        if near is not None:
+            rows = near.indices[:, : self.n_selection_neighbors]
+            for name, net in nets.items():
+                judged = found[name] if shown is images else _probabilities(net, shown, self.views, device)
+                self.scores_[name] = neighbor_score(judged, rows)
+        worse = bool(self.scores_) and not self.scores_["after"] <= self.scores_["before"]
         self.kept_ = "before" if worse and self.keep == "better" else "after"
-        self.net_ = copy.deepcopy(before if self.kept_ == "before" else after)
-        self.probabilities_ = _probabilities(self.net_, images, self.views, device)
+        self.net_, self.probabilities_ = nets[self.kept_].eval(), found[self.kept_]
         self.labels_ = self.probabilities_.argmax(axis=1)
-        self.notices_ = self._notices(before, after, images, device)
-        for notice in self.notices_:
-            log.info("refine: %s", notice)
+        self.notices_ = self._notices(*(len(np.unique(p.argmax(axis=1))) for p in found.values()))
 
-    def _notices(self, before: ClusterNet, after: ClusterNet, images: ImageSet, device: Device) -> list[str]:
-        used = [len(np.unique(_probabilities(net, images, self.views, device).argmax(1))) for net in (before, after)]
+    def _notices(self, used_before: int, used_after: int) -> list[str]:
         notices = []
-        if used[1] < used[0]:
-            text = f"self-labelling emptied {used[0] - used[1]} of {used[0]} clusters"
-            warnings.warn(text, CollapseWarning, stacklevel=4)
-            notices.append(text)
+        if used_after < used_before:
+            notices.append(f"self-labelling emptied {used_before - used_after} of {used_before} clusters")
+            warnings.warn(notices[-1], CollapseWarning, stacklevel=4)
         if self.stopped_:
-            warnings.warn(f"self-labelling stopped: {self.stopped_}", PhylaWarning, stacklevel=4)
             notices.append(f"self-labelling stopped early: {self.stopped_}; a lower threshold may help")
+            warnings.warn(notices[-1], PhylaWarning, stacklevel=4)
         if self.scores_:
             notices.append(f"kept the network {self.kept_} self-labelling (neighbor score {self.scores_['before']:.4f} "
                            f"before, {self.scores_['after']:.4f} after; lower is better)")
+            log.info("refine: %s", notices[-1])
         return notices
 
 
-def _probabilities(net: ClusterNet, images: ImageSet, views: Views, device: Device) -> np.ndarray:
+def _probabilities(net: ClusterNet, images: ImageSet, views: Views, device: Device | None) -> np.ndarray:
     return forward_all(images, net, net.probabilities, views.plain(), device=device)[:, 0].float().cpu().numpy()

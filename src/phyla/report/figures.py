@@ -33,7 +33,8 @@ _INK, _FAINT, _ACCENT = "#22282b", "#d9d6cf", "#1f6f54"
 _MOST_PROTOTYPES = 240
 _MOST_PANELS = 24
 _MOST_NAMED = 60
-_WORST_PNG = 300_000
+_LARGEST_PNG = 300_000
+_COARSEST_DPI = 30
 
 
 def confusion_matrix(confusion: Confusion) -> tuple[Figure, Table]:
@@ -42,7 +43,7 @@ def confusion_matrix(confusion: Confusion) -> tuple[Figure, Table]:
     figure = _figure(min(14.0, 2.6 + 0.42 * n_columns), min(14.0, 1.9 + 0.42 * n_classes))
     axes = figure.subplots()
     shown = axes.imshow(confusion.shares, cmap="Greens", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-    axes.set_xlabel("found cluster, the one matched to each class first")
+    axes.set_xlabel("found cluster, in the order of the class it stands for")
     axes.set_ylabel("true class")
     _tick_names(axes.xaxis, [confusion.names[int(c)] for c in confusion.clusters], rotation=60 if n_columns > 6 else 30)
     _tick_names(axes.yaxis, confusion.classes)
@@ -148,19 +149,20 @@ def training_curves(curves: Sequence[Curve]) -> tuple[Figure, Table]:
     return figure, table
 
 
-def save_png(figure: Figure, path: Path, *, limit: int = _WORST_PNG) -> None:
+def save_png(figure: Figure, path: Path, *, limit: int = _LARGEST_PNG) -> None:
     """Write a figure as PNG of at most ``limit`` bytes, by fewer colours and then fewer pixels if need be."""
-    data = b""
-    for dpi in (160, 120, 90, 64, 48):
+    data, dpi = b"", 150.0
+    while dpi >= _COARSEST_DPI:
         data = _rendered(figure, dpi)
         if len(data) > limit:
             data = _fewer_colours(data)
         if len(data) <= limit:
             break
+        dpi *= min(0.9, 0.97 * math.sqrt(limit / len(data)))
     write_bytes(path, data)
 
 
-def _rendered(figure: Figure, dpi: int) -> bytes:
+def _rendered(figure: Figure, dpi: float) -> bytes:
     out = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="(?s).*Glyph .* missing")  # a name in a script the font lacks: boxes
@@ -171,7 +173,7 @@ def _rendered(figure: Figure, dpi: int) -> bytes:
 
 def _fewer_colours(data: bytes) -> bytes:
     out = io.BytesIO()
-    Image.open(io.BytesIO(data)).convert("RGB").quantize(192).save(out, "PNG", optimize=True)
+    Image.open(io.BytesIO(data)).convert("RGB").quantize(192, Image.Quantize.FASTOCTREE).save(out, "PNG", optimize=True)
     return out.getvalue()
 
 

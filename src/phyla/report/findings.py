@@ -48,7 +48,7 @@ def all_findings(assignment: Assignment, *, names: Sequence[str], neighbors: Nei
     ----------
     names : one a cluster
     scores, result : the result table, and the method in it that ``assignment`` is of; None for the last
-    correct : bool (n_known,), whether each image of known class lies in the cluster matched with it; None for none
+    correct : bool (n_known,), whether each image of known class lies in a cluster that stands for it; None without
     """
     found = [check_collapse(assignment), check_empty(assignment, names), check_balance(assignment, names),
              check_size(assignment), check_doubt(assignment), check_agreement(assignment, neighbors, names),
@@ -94,8 +94,8 @@ def check_balance(assignment: Assignment, names: Sequence[str]) -> Finding:
     sizes = assignment.sizes
     large, small = used[sizes[used].argmax()], used[sizes[used].argmin()]
     ratio = sizes[large] / sizes[small]
-    message = (f"{names[large]} holds {sizes[large]:,} images, {names[small]} {sizes[small]:,}: "
-               f"{ratio:.1f} times as many.")
+    message = (f"{names[large]}, the largest, holds {sizes[large]:,} images, {ratio:.1f} times as many as "
+               f"{names[small]}, the smallest with any, which holds {sizes[small]:,}.")
     advice = ("Look at the largest cluster: if it mixes several kinds, ask for more clusters. If your images really "
               "are that uneven, this is as it should be, and the method's pull towards equal sizes may be splitting "
               "common kinds.")

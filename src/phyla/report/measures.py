@@ -11,7 +11,6 @@ from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from phyla.evaluate.matching import match_clusters
-from phyla.evaluate.metrics import confusion_matrix
 from phyla.types import Assignment
 
 Row = dict[str, str | int | float | None]
@@ -34,17 +33,18 @@ class Confusion:
     ----------
     counts : int64 (n_classes, n_clusters), in the order of ``classes`` and ``clusters``
     classes : class names
-    clusters : cluster indices as columns: the one matched with each class first, then those without a class
-    matched : cluster matched with each class, -1 for none
+    clusters : int64 (n_clusters,), cluster indices as columns: those of the first class, of the second, ..., of none
+    stands_for : int64 (n_clusters,) by cluster index, the class each stands for, -1 for none: one cluster a class,
+        matched so that most images agree, or its commonest class where there are more clusters than classes
     names : one name a cluster, by cluster index
     known : int64 rows of the images whose class is known
-    correct : bool (n_known,), whether each of them lies in the cluster matched with its class
+    correct : bool (n_known,), whether each of them lies in a cluster that stands for its class
     """
 
     counts: np.ndarray
     classes: Sequence[str]
     clusters: np.ndarray
-    matched: np.ndarray
+    stands_for: np.ndarray
     names: Sequence[str]
     known: np.ndarray
     correct: np.ndarray
@@ -57,17 +57,20 @@ class Confusion:
         if not len(known):
             return None
         n_classes, labels = max(len(classes), int(truth.max()) + 1), assignment.labels
-        matrix = confusion_matrix(truth, labels, n_classes=n_classes, n_clusters=assignment.n_clusters)
-        mapping, _ = match_clusters(truth, labels, n_classes=n_classes, n_clusters=assignment.n_clusters)
-        matched = np.full(n_classes, -1, dtype=np.int64)
-        matched[mapping[mapping >= 0]] = np.flatnonzero(mapping >= 0)
+        mapping, counts = match_clusters(truth, labels, n_classes=n_classes, n_clusters=assignment.n_clusters)
+        within = counts.sum(axis=0)
+        if assignment.n_clusters > n_classes:
+            mapping = counts.argmax(axis=0)
+        stands_for = np.where(within > 0, mapping, -1)
+        clusters = np.lexsort((-within, np.where(stands_for >= 0, stands_for, n_classes)))
         called = [*map(str, classes), *(f"class {index}" for index in range(len(classes), n_classes))]
-        correct = mapping[labels[known]] == truth[known]
-        return cls(matrix.counts, called, matrix.clusters, matched, names, known, correct)
+        return cls(counts[:, clusters], called, clusters, stands_for, names, known,
+                   stands_for[labels[known]] == truth[known])
 
-    @cached_property
-    def _column(self) -> dict[int, int]:
-        return {int(cluster): column for column, cluster in enumerate(self.clusters)}
+    @property
+    def one_to_one(self) -> bool:
+        """Whether every class has at most one cluster that stands for it, by design."""
+        return len(self.clusters) <= len(self.classes)
 
     @property
     def shares(self) -> np.ndarray:
@@ -75,13 +78,13 @@ class Confusion:
         return self.counts / np.maximum(1, self.counts.sum(axis=1, keepdims=True))
 
     def class_of(self, cluster: int) -> str | None:
-        """Return the name of the class matched with a cluster."""
-        found = np.flatnonzero(self.matched == cluster)
-        return self.classes[int(found[0])] if len(found) else None
+        """Return the name of the class that a cluster stands for."""
+        stands_for = int(self.stands_for[cluster])
+        return self.classes[stands_for] if stands_for >= 0 else None
 
     def mixture(self, cluster: int) -> list[tuple[str, float]]:
         """Return the three commonest classes of a cluster and their shares of its images of known class."""
-        inside = self.counts[:, self._column[cluster]]
+        inside = self.counts[:, int(np.flatnonzero(self.clusters == cluster)[0])]
         best = np.argsort(-inside, kind="stable")[:3]
         return [(self.classes[int(i)], float(inside[i] / inside.sum())) for i in best if inside[i]]
 
@@ -93,21 +96,26 @@ class Confusion:
 
     def by_class(self) -> Table:
         """Return one row a class: images, cluster, recall, precision, and what it is most often taken for."""
-        return [self._about(index) for index in range(len(self.classes))]
+        column_class = self.stands_for[self.clusters]
+        return [self._about(index, column_class) for index in range(len(self.classes))]
 
-    def _about(self, index: int) -> Row:
-        own, cluster = self.counts[index], int(self.matched[index])
-        column = self._column[cluster] if cluster >= 0 else -1
-        others = np.where(np.arange(len(own)) == column, 0, own)
-        wrong = int(others.argmax())
-        inside = int(self.counts[:, column].sum()) if cluster >= 0 else 0
-        hits = int(own[column]) if cluster >= 0 else 0
-        elsewhere = int(self.clusters[wrong])
-        return {"class": self.classes[index], "images": int(own.sum()),
-                "cluster": self.names[cluster] if inside else None,
-                "recall": hits / int(own.sum()) if own.any() else None, "precision": hits / inside if inside else None,
-                "most often taken for": (self.class_of(elsewhere) or self.names[elsewhere]) if others[wrong] else None,
-                "times": int(others[wrong])}
+    def _about(self, index: int, column_class: np.ndarray) -> Row:
+        row, own = self.counts[index], column_class == index
+        images, hits, inside = int(row.sum()), int(row[own].sum()), int(self.counts[:, own].sum())
+        # images elsewhere, by the class their cluster stands for; clusters that stand for none count together, last
+        elsewhere = np.bincount(np.where(column_class < 0, len(self.classes), column_class)[~own], row[~own],
+                                minlength=len(self.classes) + 1)
+        wrong = int(elsewhere.argmax())
+        return {"class": self.classes[index], "images": images,
+                "cluster": self._said(self.clusters[own]),
+                "recall": hits / images if images else None, "precision": hits / inside if inside else None,
+                "most often taken for": None if not elsewhere[wrong] else [*self.classes, "no class"][wrong],
+                "times": int(elsewhere[wrong])}
+
+    def _said(self, clusters: np.ndarray) -> str | None:
+        if len(clusters) < 2:
+            return self.names[int(clusters[0])] if len(clusters) else None
+        return f"{len(clusters)} clusters"
 
 
 @dataclass(frozen=True, eq=False)

@@ -132,14 +132,14 @@ def _work_out(data: ReportInput) -> _Parts:
     truth, classes = data.truth or (np.full(len(assignment), -1), ())
     confusion = Confusion.of(truth, classes, assignment, names=names)
     known, correct = (None, None) if confusion is None else (confusion.known, confusion.correct)
-    pairs = [] if neighbors is None else selection.near_duplicate_pairs(neighbors, DUPLICATE_SIMILARITY)[:N_PAIRS]
+    alike = () if neighbors is None else selection.near_duplicate_pairs(neighbors, DUPLICATE_SIMILARITY)[:N_PAIRS]
     return _Parts(
         names, selection.summarize_clusters(assignment, data.embeddings, neighbors, names=names,
                                             n_shown=_images_a_row(assignment.n_clusters)),
         confusion, ConfidenceSpread(assignment, names, known, correct), EmbeddingMap.of(data.embeddings, assignment),
         all_findings(assignment, names=names, neighbors=neighbors, curves=data.curves, scores=data.scores,
                      result=data.result, skipped=data.skipped, correct=correct),
-        selection.review_first(assignment, N_REVIEW), [(int(first), int(second)) for first, second in pairs])
+        selection.review_first(assignment, N_REVIEW), [(int(first), int(second)) for first, second in alike])
 
 
 def _images_a_row(n_clusters: int) -> int:
@@ -205,7 +205,8 @@ def _verdict(data: ReportInput, parts: _Parts) -> wording.Verdict:
         n_review=int((selection.margins(assignment) < 0.5).sum()),
         critical=[finding.title for finding in parts.findings if finding.severity == "critical"],
         n_warnings=sum(finding.severity == "warning" for finding in parts.findings),
-        right=None if parts.confusion is None else float(parts.confusion.correct.mean()))
+        right=None if parts.confusion is None else float(parts.confusion.correct.mean()),
+        one_to_one=parts.confusion is None or parts.confusion.one_to_one)
 
 
 def _mean_agreement(clusters: Sequence[selection.ClusterSummary]) -> float | None:

@@ -1,4 +1,4 @@
-"""Arrange scores for reading: one table with labels, one without, one about the embeddings; the best marked by split."""
+"""Arrange scores for reading: a table with labels, one without, one about the embeddings; the best marked."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,11 @@ _PROBES = ("neighbor_purity", "knn_accuracy", "linear_accuracy")
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """One table: rows with a value in some of ``columns``; ``results`` are the rows of the result, by position."""
+    """One table: rows with a value in some of ``columns``.
+
+    ``results`` holds the positions of the rows of the result; ``best`` the best value by split and column, where there
+    is an order and a difference.
+    """
 
     title: str
     columns: tuple[str, ...]
@@ -27,7 +31,7 @@ class ScoreTable:
     best: Mapping[tuple[str, str], float]
 
     def is_best(self, row: Scores, column: str) -> bool:
-        """Return whether no row of the same split is better in a column, and it has an order and a rival."""
+        """Return whether a row has the best value of its split in a column."""
         return self.best.get((row.split, column)) == row.values.get(column, math.nan)
 
     @property
@@ -61,7 +65,7 @@ def _table(title: str, columns: Sequence[str], scores: Sequence[Scores], result:
         for name in columns:
             values = [row.values[name] for row in rows if row.split == split and name in row.values]
             finite = [value for value in values if math.isfinite(value)]
-            if name not in WITHOUT_ORDER and len(finite) > 1:
+            if name not in WITHOUT_ORDER and len(set(finite)) > 1:
                 best[split, name] = min(finite) if name in LOWER_IS_BETTER else max(finite)
     return ScoreTable(title, tuple(columns), rows, frozenset(i for i, row in enumerate(rows) if row in shown), best)
 

@@ -16,14 +16,14 @@ METRICS: dict[str, tuple[str, str]] = {
     "top5_accuracy": ("Top-5 accuracy", "Share of images with the right cluster among their five most probable."),
     "neighbor_agreement": ("Neighbor agreement", "Share of look-alikes that are in the same cluster; all images in one "
                            "cluster would give 1."),
-    "neighbor_score": ("Neighbor score", "How far look-alikes disagree, less how evenly images spread over the clusters: "
-                       "lower is better. Methods choose by it."),
+    "neighbor_score": ("Neighbor score", "How far look-alikes disagree, less how evenly images spread over the "
+                       "clusters: lower is better. Methods choose by it."),
     "mean_confidence": ("Mean confidence", "Mean of the largest probability of each image."),
     "effective_clusters": ("Effective clusters", "How many equally large clusters would be as varied."),
     "used_clusters": ("Clusters in use", "Clusters that hold at least one image."),
     "n_clusters": ("Clusters", "Clusters asked for."),
-    "neighbor_purity": ("Neighbor purity", "Share of look-alikes that are of the same true class: how much the embeddings "
-                        "know before any clustering."),
+    "neighbor_purity": ("Neighbor purity", "Share of look-alikes that are of the same true class: how much the "
+                        "embeddings know before any clustering."),
     "knn_accuracy": ("kNN accuracy", "Share of images whose class the labelled look-alikes guess: what the embeddings "
                      "would give with labels."),
     "linear_accuracy": ("Linear accuracy", "Share of images that a linear classifier trained with labels gets right on "
@@ -44,7 +44,8 @@ class Verdict:
 
 
 def verdict(*, n_images: int, n_clusters: int, n_used: int, confidence: float, n_review: int,
-            critical: Sequence[str] = (), n_warnings: int = 0, right: float | None = None) -> Verdict:
+            critical: Sequence[str] = (), n_warnings: int = 0, right: float | None = None,
+            one_to_one: bool = True) -> Verdict:
     """Return the verdict of a run.
 
     Parameters
@@ -53,7 +54,8 @@ def verdict(*, n_images: int, n_clusters: int, n_used: int, confidence: float, n
     confidence : mean over all images, 0 to 1
     n_review : images that deserve a second look
     critical : titles of the critical findings
-    right : share of images of known class that are in the matching cluster; None without labels
+    right : share of images of known class that are in a cluster that stands for it; None without labels
+    one_to_one : whether a class has one cluster, or each cluster stands for its commonest class
     """
     clusters = f"{n_used:,} {_plural('cluster', n_used)}"
     if n_used != n_clusters:
@@ -63,8 +65,8 @@ def verdict(*, n_images: int, n_clusters: int, n_used: int, confidence: float, n
         said = f"not to be relied on yet: {critical[0].lower()}"
     more = []
     if right is not None:
-        more.append(f"Held against the true labels, {percent(right)} of the images are in the cluster that matches "
-                    "their class.")
+        where = "in the cluster that matches their class" if one_to_one else "of the commonest class in their cluster"
+        more.append(f"Held against the true labels, {percent(right)} of the images are {where}.")
     if n_review:
         more.append(f"{n_review:,} {_plural('image', n_review)} ({percent(n_review / n_images)}) "
                     f"{'deserves' if n_review == 1 else 'deserve'} a second look.")
@@ -88,10 +90,12 @@ def percent(share: float) -> str:
     """Return a share of 1 as a percentage: two digits that matter, never a rounded 0 % or 100 %."""
     value = 100 * share
     if 0 < value < 0.1:
-        return "under 0.1 %"
-    if 99 < value < 100:
-        return f"{math.floor(value * 10) / 10:.1f} %"
-    return f"{value:.1f} %" if 0 < value < 9.95 else f"{value:.0f} %"
+        said = "under 0.1"
+    elif 99 < value < 100:
+        said = f"{math.floor(value * 10) / 10:.1f}"
+    else:
+        said = f"{value:.1f}" if 0 < value < 9.95 else f"{value:.0f}"
+    return f"{said}\N{NO-BREAK SPACE}%"
 
 
 def number(value: object) -> str:

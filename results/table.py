@@ -1,0 +1,80 @@
+"""Collect finished runs into results/NAME.json, and write README's table from those files.
+
+    python results/table.py collect scan-digits runs/seed-0 runs/seed-1 runs/seed-2
+    python results/table.py                    write the table into README.md
+
+A result is a mean and a spread over seeds, with the options, versions and machine that made it; never a best-of.
+"""
+
+import json
+import statistics
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+README = HERE.parent / "README.md"
+BEGIN, END = "<!-- results: begin (written by `make table`) -->", "<!-- results: end -->"
+SHOWN = {"hungarian_accuracy": "Hungarian accuracy", "nmi": "NMI", "ari": "ARI"}
+
+
+def collect(name: str, runs: list[Path]) -> Path:
+    """Write results/NAME.json from finished run folders that differ in their seed alone, and return its path."""
+    facts = [json.loads((run / "run.json").read_text(encoding="utf-8")) for run in runs]
+    scores = [json.loads((run / "scores.json").read_text(encoding="utf-8"))["scores"] for run in runs]
+    options = [_without_seed(told["options"]) for told in facts]
+    if any(other != options[0] for other in options):
+        raise SystemExit("these runs differ in more than their seed")
+    rows = []
+    for position, row in enumerate(scores[0]):
+        values = {key: [table[position]["values"][key] for table in scores] for key in row["values"]}
+        rows.append({"method": row["method"], "split": row["split"], "n_images": row["n_images"], "values": values})
+    seconds = [sum(stage["seconds"] for stage in told["stages"].values()) for told in facts]
+    result = {"name": name, "seeds": [told["options"]["cluster"]["random_state"] for told in facts], "rows": rows,
+              "seconds": seconds, "stages": [{key: held["seconds"] for key, held in told["stages"].items()}
+                                             for told in facts],
+              "device": facts[0]["device"], "machine": facts[0]["machine"], "versions": facts[0]["versions"],
+              "options": options[0]}
+    path = HERE / f"{name}.json"
+    path.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    return path
+
+
+def table() -> str:
+    """Return the Markdown table of every results/*.json."""
+    lines = ["| recipe | images | method | " + " | ".join(SHOWN.values()) + " | seeds |",
+             "| --- | --- | --- | " + "--- | " * len(SHOWN) + "--- |"]
+    for path in sorted(HERE.glob("*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        for row in result["rows"]:
+            if "hungarian_accuracy" in row["values"]:
+                cells = [_mean_and_spread(row["values"][key]) for key in SHOWN]
+                lines.append(f"| {result['name']} | {row['n_images']:,} {row['split']} | {row['method']} | "
+                             + " | ".join(cells) + f" | {len(result['seeds'])} |")
+    return "\n".join(lines)
+
+
+def write_readme() -> None:
+    """Put the table between README's two markers."""
+    text = README.read_text(encoding="utf-8")
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    README.write_text(f"{before}{BEGIN}\n{table()}\n{END}{after}", encoding="utf-8")
+
+
+def _mean_and_spread(values: list[float]) -> str:
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.3f}{spread}"
+
+
+def _without_seed(options: object) -> object:
+    if isinstance(options, dict):
+        return {key: _without_seed(value) for key, value in options.items() if key != "random_state"}
+    return options
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["collect"] and len(sys.argv) > 3:
+        print(collect(sys.argv[2], [Path(run) for run in sys.argv[3:]]))
+    elif sys.argv[1:]:
+        raise SystemExit(__doc__)
+    write_readme()

@@ -1,0 +1,225 @@
+"""Whole views against Pillow and torchvision with the same draws, and what a recipe promises."""
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+import torchvision.transforms.functional as reference
+from pictures import from_pil, pictures, resized_crop, to_pil
+from PIL import Image, ImageDraw, ImageEnhance, ImageOps
+
+from phyla.errors import InputError
+from phyla.images import augment
+from phyla.images.augment import STRONG, Draws, Views, apply_operations
+from phyla.images.operations import to_float
+
+KINDS = ["plain", "weak", "simclr", "strong", "ruc_weak", "ruc_strong"]
+CIFAR = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)}
+
+
+def source(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def affine(*coefficients):
+    return lambda image: image.transform(image.size, Image.Transform.AFFINE, coefficients)
+
+
+PILLOW = {
+    "identity": lambda image, v: image,
+    "autocontrast": lambda image, v: ImageOps.autocontrast(image),
+    "equalize": lambda image, v: ImageOps.equalize(image),
+    "rotate": lambda image, v: image.rotate(v),
+    "solarize": lambda image, v: ImageOps.solarize(image, v),
+    "color": lambda image, v: ImageEnhance.Color(image).enhance(v),
+    "contrast": lambda image, v: ImageEnhance.Contrast(image).enhance(v),
+    "brightness": lambda image, v: ImageEnhance.Brightness(image).enhance(v),
+    "sharpness": lambda image, v: ImageEnhance.Sharpness(image).enhance(v),
+    "shear_x": lambda image, v: affine(1, v, 0, 0, 1, 0)(image),
+    "shear_y": lambda image, v: affine(1, 0, 0, v, 1, 0)(image),
+    "translate_x": lambda image, v: affine(1, 0, v, 0, 1, 0)(image),
+    "translate_y": lambda image, v: affine(1, 0, 0, 0, 1, v)(image),
+    "posterize": lambda image, v: ImageOps.posterize(image, int(v)),
+    "hue": reference.adjust_hue,
+}
+
+
+def by_pillow(views: Views, pixels: torch.Tensor, drawn: Draws) -> torch.Tensor:
+    """Return the views that Pillow and torchvision make, one image after another, of what was drawn."""
+    names = augment.JITTER if views.kind == "simclr" else views.operations
+    made = []
+    for i, image in enumerate(to_pil(pixels)):
+        box = drawn.box[i].tolist()
+        if views.kind in ("simclr", "ruc_weak", "ruc_strong"):
+            image = resized_crop(image, box, (views.size, views.size))
+        else:
+            image = reference.resize(image, views.size) if min(image.size) < views.size else image
+            image = reference.crop(image, *box)
+        image = reference.hflip(image) if drawn.flip[i] else image
+        for operation, magnitude in zip(drawn.ids[i].tolist(), drawn.magnitudes[i].tolist(), strict=True):
+            image = PILLOW[names[operation]](image, magnitude) if operation >= 0 else image
+        image = reference.to_grayscale(image, 3) if drawn.grey[i] else image
+        image = image.copy()
+        y0, y1, x0, x1 = drawn.hole[i].tolist()
+        if views.kind == "ruc_strong":
+            ImageDraw.Draw(image).rectangle((x0, y0, x1 - 1, y1 - 1), (127, 127, 127))  # both edges are drawn
+        view = reference.normalize(reference.to_tensor(image), list(views.mean), list(views.std))
+        if views.kind == "strong":
+            view[:, y0:y1, x0:x1] = 0
+        made.append(view)
+    return torch.stack(made)
+
+
+@pytest.mark.parametrize(("stored", "size"), [
+    ((32, 32), 32), ((96, 96), 96), ((8, 8), 8), ((40, 51), 32), ((20, 33), 32),
+])
+@pytest.mark.parametrize("kind", KINDS)
+def test_views_are_what_pillow_makes_of_the_same_draws(kind, stored, size):
+    pixels = pictures(*stored).repeat(6 if size == 96 else 20, 1, 1, 1)
+    views = Views(kind=kind, size=size, **CIFAR)
+    ours = views(pixels, source(1))
+    theirs = by_pillow(views, pixels, views.draw(len(pixels), source(1), height=stored[0], width=stored[1]))
+    levels = (ours - theirs) * torch.tensor(views.std).view(1, 3, 1, 1) * 255
+    changed = levels.abs() > 0.01
+    assert changed.double().mean() < 1e-3, f"{changed.double().mean():.5f} of all values differ"
+    assert changed.any(dim=(1, 2, 3)).double().mean() < 0.05
+
+
+def test_the_weak_view_of_an_image_of_its_size_is_the_image():
+    pixels = pictures(32, 32)
+    weak = Views(kind="weak", size=32, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))(pixels, source())
+    torch.testing.assert_close(weak * 255, to_float(pixels), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(0, 32, 32), (1, 8, 8), (3, 20, 50), (2, 64, 41), (2, 1, 1), (2, 2, 3)])
+def test_any_batch_of_any_size(kind, shape):
+    pixels = torch.randint(0, 256, (*shape, 3), dtype=torch.uint8, generator=source())
+    kept = pixels.clone()
+    for size in (8, 32):
+        out = Views(kind=kind, size=size)(pixels, source(1))
+        assert out.shape == (shape[0], 3, size, size) and out.dtype == torch.float32
+        assert out.isfinite().all() and out.is_contiguous()
+    assert torch.equal(pixels, kept)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equal_seeds_give_equal_views_and_other_seeds_others(kind):
+    pixels, views = pictures(32, 32), Views(kind=kind, size=32)
+    first, again, other = views(pixels, source(3)), views(pixels, source(3)), views(pixels, source(4))
+    assert torch.equal(first, again)
+    assert torch.equal(first, other) == (kind in ("plain", "weak"))
+
+
+@pytest.mark.parametrize("kind", ["simclr", "strong", "ruc_weak", "ruc_strong"])
+def test_each_image_has_its_own_draws(kind):
+    pixels = pictures(32, 32)[:1].repeat(50, 1, 1, 1)
+    out = Views(kind=kind, size=32)(pixels, source())
+    assert len({view.numpy().tobytes() for view in out}) == 50
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_image_influences_another(kind):
+    pixels, views = pictures(32, 32).repeat(3, 1, 1, 1), Views(kind=kind, size=32)
+    before = views(pixels, source())
+    changed = pixels.clone()
+    changed[::2] = 255 - changed[::2].flip(1)
+    after = views(changed, source())
+    assert torch.equal(before[1::2], after[1::2])
+    assert not torch.equal(before[::2], after[::2])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_views_do_not_depend_on_how_much_is_worked_on_at_once(kind, monkeypatch):
+    pixels, views = pictures(40, 40), Views(kind=kind, size=32)
+    at_once = views(pixels, source())
+    monkeypatch.setattr(augment, "_CPU_BLOCK", 3 * 40 * 40 * 2)
+    assert torch.equal(views(pixels, source()), at_once)
+
+
+def test_operations_act_in_the_order_drawn():
+    """Brightness after inversion of black is not inversion after darkening."""
+    images = torch.zeros(3, 3, 4, 4)
+    ids = torch.tensor([[0, 1], [1, 0], [-1, 0]])
+    magnitudes = torch.tensor([[0.0, 0.5], [0.5, 0.0], [0.5, 0.0]])
+    out = apply_operations(images, ids, magnitudes, operations=("solarize", "brightness"))
+    assert [view.unique().tolist() for view in out] == [[127], [255], [255]]
+
+
+def test_without_operations_hole_flip_and_jitter_nothing_happens():
+    pixels = pictures(32, 32)
+    plain = Views(kind="plain", size=32)(pixels, source())
+    still = Views(kind="strong", size=32, n_operations=0, cutout=0, flip=0.0)
+    assert torch.equal(still(pixels, source()), plain)
+    whole = Views(kind="simclr", size=32, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip=0.0, jitter=0.0, grey=0.0)
+    assert torch.equal(whole(pixels, source()), plain)
+
+
+def test_a_flip_of_probability_one_mirrors():
+    pixels = pictures(32, 32)
+    views = Views(kind="strong", size=32, n_operations=0, cutout=0, flip=1.0)
+    assert torch.equal(views(pixels, source()), Views(kind="plain", size=32)(pixels, source()).flip(3))
+
+
+def test_only_chosen_operations_are_drawn():
+    views = Views(kind="strong", size=32, operations=("posterize",), n_operations=1, cutout=0, flip=0.0,
+                  mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    pixels = pictures(32, 32)
+    levels = (views(pixels, source()) * 255).round().long()
+    assert (levels % 2 == 0).all() and not torch.equal(levels, to_float(pixels).long())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_recipe_survives_json(kind):
+    views = Views(kind=kind, size=96, operations=("rotate", "equalize"), rotate=15.0, **CIFAR)
+    assert Views(**json.loads(json.dumps(asdict(views)))) == views
+    assert hash(views) == hash(replace(views))
+
+
+def test_plain_keeps_size_and_normalization():
+    assert Views(kind="strong", size=96, rotate=5.0, **CIFAR).plain() == Views(kind="plain", size=96, **CIFAR)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"kind": "simclrr"}, "did you mean simclr"), ({"operations": ("rotat",)}, "did you mean rotate"),
+    ({"operations": ("hue",)}, "no operation 'hue'"),
+    ({"operations": ("rotate", "rotate")}, "each name once"),
+    ({"size": 0}, "size=0"), ({"std": (0.2, 0.0, 0.2)}, "std"),
+    ({"mean": (0.5,)}, "mean"), ({"crop_scale": (0.0, 1.0)}, "crop_scale"), ({"crop_scale": (0.5, 0.2)}, "crop_scale"),
+    ({"crop_scale": (0.5, 1.5)}, "crop_scale"), ({"crop_ratio": (2.0, 1.0)}, "crop_ratio"), ({"flip": 1.5}, "flip=1.5"),
+    ({"jitter": -0.1}, "jitter"), ({"grey": 2.0}, "grey"), ({"brightness": -1.0}, "brightness"),
+    ({"hue": 0.6}, "hue=0.6"), ({"rotate": -3.0}, "rotate"), ({"cutout": -1}, "cutout"), ({"level": 0}, "level=0"),
+    ({"n_operations": -1}, "n_operations"), ({"operations": ()}, "n_operations=4 drawn from 0 operations"),
+    ({"kind": "ruc_strong", "operations": ("rotate",)}, "n_operations=2 drawn from 1 operations"),
+])
+def test_what_cannot_be_is_said_at_once(options, message):
+    with pytest.raises(InputError, match=message):
+        Views(**{"kind": "strong", "size": 32} | options)
+
+
+@pytest.mark.parametrize("pixels", [
+    torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.zeros(2, 8, 8, 3), torch.zeros(8, 8, 3, dtype=torch.uint8),
+    torch.zeros(2, 0, 8, 3, dtype=torch.uint8),
+])
+def test_other_layouts_are_refused(pixels):
+    with pytest.raises(InputError, match="uint8 \\(batch, height, width, 3\\)"):
+        Views(kind="plain", size=8)(pixels, source())
+
+
+def test_strong_is_the_fourteen_operations():
+    assert len(STRONG) == 14 and set(STRONG) == set(PILLOW) - {"hue"}
+    assert torch.equal(from_pil(to_pil(pictures())), to_float(pictures()))  # the reference's own conversions
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gpu_makes_the_views_that_a_cpu_makes(kind):
+    pixels, views = pictures(40, 40).repeat(20, 1, 1, 1), Views(kind=kind, size=32)
+    host, device = views(pixels, source()), views(pixels.cuda(), source())
+    assert device.is_cuda
+    differing = ((device.cpu() - host).abs() > 1e-3).double().mean()
+    assert differing < 1e-3
+    own = torch.Generator(device="cuda").manual_seed(0)
+    assert views(pixels.cuda(), own).isfinite().all()

@@ -1,0 +1,157 @@
+"""Many heads in one product are many separate heads; the projection is the published one."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from phyla.errors import InputError
+from phyla.nets.heads import ClusterHeads, ClusterNet, Projection
+from phyla.nets.resnet import EncoderSpec, initialise
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def made(n_features: int = 6, n_clusters: int = 4, n_heads: int = 3) -> ClusterHeads:
+    heads = ClusterHeads(n_features, n_clusters, n_heads)
+    heads.initialise(seeded())
+    return heads
+
+
+def rows(n: int = 5, n_features: int = 6) -> torch.Tensor:
+    return torch.randn(n, n_features, generator=seeded(1))
+
+
+def separate(heads: ClusterHeads) -> list[nn.Linear]:
+    """The same heads as the authors have them: one linear layer each."""
+    layers = []
+    for weight, bias in zip(heads.weight.detach(), heads.bias.detach(), strict=True):
+        layer = nn.Linear(weight.shape[1], weight.shape[0])
+        layer.weight.data, layer.bias.data = weight.clone(), bias.clone()
+        layers.append(layer)
+    return layers
+
+
+def test_many_heads_are_separate_linear_layers_gradient_included() -> None:
+    heads, x = made(), rows()
+    layers = separate(heads)
+    factors = torch.randn(3, 5, 4, generator=seeded(2))
+    (heads(x) * factors).sum().backward()
+    for h, layer in enumerate(layers):
+        logits = layer(x)
+        assert torch.allclose(heads(x)[h], logits, atol=1e-6)
+        (logits * factors[h]).sum().backward()
+        assert torch.allclose(heads.weight.grad[h], layer.weight.grad, atol=1e-6)
+        assert torch.allclose(heads.bias.grad[h], layer.bias.grad, atol=1e-6)
+
+
+def test_shapes_also_without_images() -> None:
+    heads = made()
+    assert (heads.n_heads, heads.n_clusters) == (3, 4)
+    assert heads(rows()).shape == (3, 5, 4)
+    assert heads.probabilities(rows()).shape == (5, 3, 4)
+    assert heads(rows(0)).shape == (3, 0, 4)
+
+
+def test_probabilities_are_the_softmax_of_each_head() -> None:
+    heads, x = made(), rows()
+    found = heads.probabilities(x)
+    assert torch.allclose(found.sum(dim=2), torch.ones(5, 3), atol=1e-6)
+    assert torch.allclose(found[:, 1], heads(x)[1].softmax(dim=1), atol=1e-6)
+
+
+@pytest.mark.parametrize(("given", "dtype"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float32),
+                                             (torch.float64, torch.float64)])
+def test_probabilities_are_float32_or_better(given: torch.dtype, dtype: torch.dtype) -> None:
+    assert made().to(given).probabilities(rows().to(given)).dtype == dtype
+
+
+def test_only_keeps_one_head_as_a_copy() -> None:
+    heads = made()
+    kept = heads.only(2)
+    assert torch.allclose(kept(rows())[0], heads(rows())[2], atol=1e-6)
+    assert (kept.n_heads, kept.n_clusters) == (1, 4)
+    kept.weight.data.zero_()
+    kept.bias.data.zero_()
+    assert heads.weight[2].abs().min() > 0 and heads.bias[2].abs().min() > 0
+
+
+@pytest.mark.parametrize("head", [3, -1])
+def test_only_refuses_a_head_that_is_not_there(head: int) -> None:
+    with pytest.raises(InputError, match=rf"there is no head {head}\. hint: allowed: 0 to 2"):
+        made().only(head)
+
+
+@pytest.mark.parametrize("sizes", [(0, 4, 1), (6, 0, 1), (6, 4, 0)])
+def test_heads_need_features_clusters_and_at_least_one_head(sizes: tuple[int, int, int]) -> None:
+    with pytest.raises(InputError, match="must be at least 1, got 0"):
+        ClusterHeads(*sizes)
+
+
+def test_heads_start_as_torch_starts_linear_layers_and_differ() -> None:
+    heads = made(400, 50, 4)
+    bound = 1 / math.sqrt(400)
+    for values in (heads.weight, heads.bias):
+        assert values.abs().max() <= bound
+        assert values.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.15)
+    assert not torch.equal(heads.weight[0], heads.weight[1])
+    again = ClusterHeads(400, 50, 4)
+    again.initialise(seeded())
+    assert torch.equal(heads.weight, again.weight) and torch.equal(heads.bias, again.bias)
+
+
+def test_the_projection_is_two_layers_and_rows_of_length_one() -> None:
+    projection = Projection(8, 3)
+    initialise(projection, seeded())
+    x = rows(5, 8)
+    hidden = torch.relu(x @ projection[0].weight.T + projection[0].bias)
+    wanted = hidden @ projection[2].weight.T + projection[2].bias
+    assert torch.allclose(projection(x), wanted / wanted.norm(dim=1, keepdim=True), atol=1e-6)
+    assert [tuple(value.shape) for value in projection.parameters()] == [(8, 8), (8,), (3, 8), (3,)]
+
+
+@pytest.mark.parametrize(("given", "dtype"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)])
+def test_projections_are_float32_or_better(given: torch.dtype, dtype: torch.dtype) -> None:
+    found = Projection(8, 3).to(given)(rows(5, 8).to(given))
+    assert found.dtype == dtype
+    assert torch.allclose(found.norm(dim=1), torch.ones(5, dtype=dtype), atol=1e-6)
+
+
+@pytest.mark.parametrize(("n_features", "encoder_parameters", "n_parameters"), [
+    (512, 11_168_832, 11_497_152), (2048, 23_508_032, 27_966_656)])
+def test_encoder_and_projection_have_the_published_size(n_features: int, encoder_parameters: int,
+                                                        n_parameters: int) -> None:
+    with torch.device("meta"):
+        projection = Projection(n_features)
+    assert encoder_parameters + sum(parameter.numel() for parameter in projection.parameters()) == n_parameters
+
+
+def test_a_cluster_net_is_the_heads_on_the_encoder() -> None:
+    encoder = EncoderSpec(width=2).build(seeded())
+    net = ClusterNet(encoder, made(16)).eval()
+    views = torch.randn(3, 3, 16, 16, generator=seeded(3))
+    assert torch.equal(net(views), net.heads(encoder(views)))
+    assert torch.allclose(net.probabilities(views), net(views).softmax(dim=2).transpose(0, 1), atol=1e-6)
+    assert set(name.split(".")[0] for name in net.state_dict()) == {"encoder", "heads"}
+
+
+def test_one_head_of_a_cluster_net_shares_nothing_with_it() -> None:
+    net = ClusterNet(EncoderSpec(width=2).build(seeded()), made(16)).eval()
+    views = torch.randn(3, 3, 16, 16, generator=seeded(3))
+    before, kept = net(views), net.only(1)
+    assert torch.allclose(kept(views)[0], before[1], atol=1e-6)
+    with torch.no_grad():
+        for value in kept.parameters():
+            value.zero_()
+    assert torch.equal(net(views), before)
+
+
+def test_the_gradient_reaches_encoder_and_heads() -> None:
+    net = ClusterNet(EncoderSpec(width=2).build(seeded()), made(16))
+    net(torch.randn(4, 3, 16, 16, generator=seeded(3)))[:, :, 0].sum().backward()
+    assert all(parameter.grad is not None and torch.isfinite(parameter.grad).all() for parameter in net.parameters())
+    assert net.encoder.conv1.weight.grad.abs().max() > 0
+    assert (net.heads.weight.grad.abs().amax(dim=(1, 2)) > 0).all()

@@ -1,0 +1,206 @@
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+import phyla
+from phyla.errors import InputError, StorageError
+from phyla.report.page import build_report
+from phyla.types import Assignment, ImageSet, Neighbors, Scores
+
+VOID = {"meta", "link", "img", "br", "input"}
+
+
+class Reader(HTMLParser):
+    """Reads a page: its text, the attributes of its tags, and whether they close in order."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.feed(page)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] not in ("style", "script"):
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\s+", " ", " ".join(self.words))
+
+
+def read(path):
+    return Reader(path.read_text(encoding="utf-8"))
+
+
+def test_page_of_a_labelled_run(make_run, tmp_path):
+    data = make_run(more={"notices": ["SCAN kept: better neighbor score"], "skipped": [("bad & <b>.jpg", "zero bytes")]})
+    path = build_report(data, tmp_path / "new" / "folder")
+    assert path == tmp_path / "new" / "folder" / "report.html"
+    assert {p.name for p in path.parent.iterdir()} == {"report.html", "map.png", "prototypes.png", "confidence.png",
+                                                       "curves.png", "confusion_matrix.png"}
+    page = read(path)
+    assert "60 images in 3 clusters" in page.text
+    assert f"({data.assignment.confidence.mean():.2f})" in page.text
+    assert "100\N{NO-BREAK SPACE}% of the images are in the cluster that matches their class" in page.text
+    for words in ("kind 2", "scan-test", "12.2 s", "cluster.n", "SCAN kept", "bad & <b>.jpg", "zero bytes", "0.500", "Findings",
+                  f"phyla {phyla.__version__}", "folder/image 0.png"):
+        assert words in page.text, words
+    for cluster in range(3):
+        assert sum(attrs.get("id") == f"cluster-{cluster}" for _, attrs in page.tags) == 1
+
+
+def test_page_without_labels_neighbors_curves_scores(make_run, tmp_path):
+    data = make_run(with_truth=False, with_neighbors=False, with_curves=False, more={"scores": [], "run": {}})
+    path = build_report(data, tmp_path)
+    page = read(path)
+    assert not (tmp_path / "confusion_matrix.png").exists()
+    assert "true labels" not in page.text.lower().replace("this needs true labels", "")
+    assert "60 images in 3 clusters" in page.text
+    ids = {attrs["id"] for _, attrs in page.tags if attrs.get("id")}
+    assert {"findings", "clusters", "map", "confidence", "run", "reading"} <= ids
+    assert ids.isdisjoint({"truth", "training", "scores"})
+
+
+def test_all_unknown_labels_are_no_labels(make_run, tmp_path):
+    build_report(make_run(more={"truth": (np.full(60, -1), ["a"])}), tmp_path)
+    assert not (tmp_path / "confusion_matrix.png").exists()
+
+
+def test_page_loads_nothing_and_links_lead_somewhere(make_run, tmp_path):
+    path = build_report(make_run(), tmp_path)
+    page = read(path)
+    ids = [attrs["id"] for _, attrs in page.tags if attrs.get("id")]
+    assert len(ids) == len(set(ids))
+    for tag, attrs in page.tags:
+        for name in ("src", "href", "xlink:href", "action", "srcset", "data"):
+            address = attrs.get(name)
+            if address is None:
+                continue
+            assert address.startswith(("data:", "#")), (tag, address[:60])
+            if address.startswith("#"):
+                assert address[1:] in ids, address
+    text = path.read_text(encoding="utf-8")
+    assert not re.search(r"(https?:)?//[a-z]", re.sub(r"base64,[^\"')]*|<script>.*?</script>", "", text, flags=re.S))
+    assert "http" not in re.search(r"<script>(.*?)</script>", text, flags=re.S)[1]
+    assert not re.findall(r"url\((?!data:)", text)
+    assert "@import" not in text
+
+
+def test_page_can_be_read_without_scripts_and_by_a_reader(make_run, tmp_path):
+    page = read(build_report(make_run(), tmp_path))
+    assert all(attrs.get("alt") for tag, attrs in page.tags if tag == "img")
+    assert all(attrs.get("scope") for tag, attrs in page.tags if tag == "th")
+    assert sum(tag == "table" for tag, _ in page.tags) == sum(tag == "caption" for tag, _ in page.tags)
+    assert all(attrs.get("aria-label") or attrs.get("aria-hidden") for tag, attrs in page.tags if tag == "svg")
+    assert dict(page.tags)["html"] == {"lang": "en"}
+    assert [tag for tag, _ in page.tags if tag == "h1"] == ["h1"]
+    badges = [attrs for _, attrs in page.tags if attrs.get("class") == "badge"]
+    assert len(badges) == 11
+    assert all(attrs["data-sign"] for attrs in badges)  # severity is told by a sign and a word, not by colour alone
+
+
+def test_names_are_escaped(make_run, tmp_path):
+    nasty = "<script>alert('x')</script>\"'&{{ 7 * 7 }}\n$é漢"
+    ids = [f"{nasty}{i}" for i in range(60)]
+    data = make_run()
+    data = replace(data, title=nasty, images=ImageSet(data.images.pixels, ids), assignment=Assignment(data.assignment.probabilities, ids),
+                   cluster_names=[nasty, "b", "c"], truth=(data.truth[0], [nasty, "x", "y"]), skipped=[(nasty, nasty)],
+                   notices=[nasty], run={nasty: {nasty: nasty}}, scores=[Scores(nasty, nasty, 60, {nasty: 0.5})],
+                   curves=[{"stage": nasty, "epoch": 1, nasty: 1.0}])
+    path = build_report(data, tmp_path)
+    page = read(path)
+    text = path.read_text(encoding="utf-8")
+    assert "<script>alert" not in text
+    assert text.count("<script>") == 1
+    assert "49" not in page.text.split("Reading this page")[0].split(" images in ")[0]
+    assert "{{ 7 * 7 }}" in page.text
+    assert not [attrs for _, attrs in page.tags if any(name.startswith("on") for name in attrs)]
+
+
+def test_cluster_pictures_are_of_that_cluster_only(make_run, tmp_path):
+    data = make_run(n_images=30)
+    page = build_report(data, tmp_path).read_text(encoding="utf-8")
+    labels = dict(zip(data.images.ids, data.assignment.labels.tolist(), strict=True))
+    for cluster in range(3):
+        card = re.search(rf'id="cluster-{cluster}">(.*?)</details>', page, flags=re.S)[1]
+        shown = re.findall(r'<img[^>]* alt="([^"]*)"', card)
+        assert len(shown) == len(set(shown)) == 9  # ten members, one of them the prototype in the heading
+        assert {labels[name] for name in shown} == {cluster}
+
+
+@pytest.mark.parametrize("asked", [
+    {"n_images": 3, "n_clusters": 3}, {"n_images": 1, "n_clusters": 1}, {"n_images": 2, "n_clusters": 5}, {"n_images": 40, "n_clusters": 1},
+    {"n_images": 30, "empty": (0, 2)}, {"n_images": 30, "size": (1, 1)}, {"n_images": 30, "size": (20, 50)},
+    {"n_images": 30, "certain": True}, {"n_images": 30, "n_features": 1}])
+def test_page_of_odd_runs(make_run, tmp_path, asked):
+    path = build_report(make_run(**asked), tmp_path)
+    assert f"{asked['n_images']} image" in read(path).text
+
+
+def test_page_of_many_clusters_stays_small(make_run, tmp_path):
+    data = make_run(n_images=800, n_clusters=200, size=(96, 96), with_neighbors=False)
+    path = build_report(data, tmp_path)
+    assert path.stat().st_size < 20_000_000
+    assert all(png.stat().st_size < 300_000 for png in tmp_path.glob("*.png"))
+    page = read(path)
+    assert sum(attrs.get("class") == "heat" for _, attrs in page.tags) == 1
+    assert not any(tag == "details" and "open" in attrs and attrs.get("class") == "card" for tag, attrs in page.tags)
+
+
+def test_same_input_same_page(make_run, tmp_path):
+    one, two = (build_report(make_run(), tmp_path / name).read_bytes() for name in ("a", "b"))
+    assert one == two
+
+
+def test_pixels_may_lie_on_disk_and_only_some_are_read(make_run, tmp_path):
+    data = make_run()
+    np.save(tmp_path / "pixels.npy", data.images.array)
+    mapped = ImageSet(np.load(tmp_path / "pixels.npy", mmap_mode="r"), data.images.ids)
+    one = build_report(data, tmp_path / "a").read_bytes()
+    assert build_report(replace(data, images=mapped), tmp_path / "b").read_bytes() == one
+
+
+def test_what_does_not_fit_together_is_refused(make_run, tmp_path):
+    data = make_run()
+    wrong = {"embeddings": data.embeddings[:-1], "truth": (np.zeros(3, int), ["a"]),
+             "neighbors": Neighbors(np.zeros((2, 1), int), np.zeros((2, 1), np.float32)), "cluster_names": ["only one"],
+             "assignment": Assignment(data.assignment.probabilities, data.images.ids[::-1])}
+    for name, value in wrong.items():
+        with pytest.raises(InputError):
+            build_report(replace(data, **{name: value}), tmp_path / name)
+    broken = data.embeddings.copy()
+    broken[3] = np.nan
+    with pytest.raises(InputError, match="finite"):
+        build_report(replace(data, embeddings=broken), tmp_path)
+    no_numbers = data.assignment.probabilities.copy()
+    no_numbers[3] = np.nan
+    with pytest.raises(InputError, match="finite"):
+        build_report(replace(data, assignment=Assignment(no_numbers, data.images.ids)), tmp_path)
+    none = ImageSet(data.images.pixels[:0], [])
+    with pytest.raises(InputError, match="0 images"):
+        build_report(replace(data, images=none, assignment=Assignment(data.assignment.probabilities[:0], [])), tmp_path)
+    assert not list(tmp_path.glob("**/report.html"))
+
+
+def test_a_place_that_cannot_be_written_is_named(make_run, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StorageError, match="file"):
+        build_report(make_run(n_images=6), tmp_path / "file")
+
+

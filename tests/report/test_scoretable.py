@@ -1,0 +1,43 @@
+from phyla.report.scoretable import result_row, score_tables
+from phyla.types import Scores
+
+TABLE = [Scores("k-means on pixels", "train", 10, {"ari": 0.3, "nmi": 0.4, "neighbor_score": 2.0, "n_clusters": 3.0}),
+         Scores("SCAN", "train", 10, {"ari": 0.2, "nmi": 0.5, "neighbor_score": -1.0, "n_clusters": 3.0, "new_score": 1.0}),
+         Scores("embeddings (probes)", "train", 10, {"knn_accuracy": 0.9}),
+         Scores("k-means on pixels", "test", 4, {"ari": 0.9, "nmi": 0.9}), Scores("SCAN", "test", 4, {"ari": 0.1, "nmi": 0.1})]
+
+
+def test_tables_are_split_by_what_they_need():
+    labelled, free, probes = score_tables(TABLE)
+    assert labelled.columns == ("nmi", "ari")
+    assert free.columns == ("neighbor_score", "n_clusters", "new_score")
+    assert probes.columns == ("knn_accuracy",)
+    assert [row.method for row in probes.rows] == ["embeddings (probes)"]
+    assert len(labelled.rows) == 4
+    assert labelled.splits == ("train", "test")
+    assert labelled.counts == (10, 4)
+    assert score_tables([]) == []
+
+
+def test_best_is_marked_within_a_split_and_by_direction():
+    labelled, free, _ = score_tables(TABLE)
+    marks = [(labelled.is_best(row, "nmi"), labelled.is_best(row, "ari")) for row in labelled.rows]
+    assert marks == [(False, True), (True, False), (True, True), (False, False)]
+    assert [free.is_best(row, "neighbor_score") for row in free.rows] == [False, True]
+    assert not any(free.is_best(row, "n_clusters") for row in free.rows)
+
+
+def test_equal_values_have_no_best():
+    (table,) = score_tables([Scores("a", "train", 9, {"nmi": 0.5}), Scores("b", "train", 9, {"nmi": 0.5})])
+    assert not any(table.is_best(row, "nmi") for row in table.rows)
+
+
+def test_result_is_the_named_method_or_the_last_that_scores_clusters():
+    assert result_row(TABLE).method == "SCAN"
+    assert result_row(TABLE, split="test").n_images == 4
+    more = [*TABLE[:2], Scores("self-label", "train", 10, {"nmi": 0.1})]
+    assert result_row(more).method == "self-label"
+    assert result_row(more, "SCAN").method == "SCAN"
+    assert result_row([TABLE[0]]) is None
+    assert result_row([]) is None
+    assert score_tables(more, "SCAN")[0].results == {1}
