@@ -60,21 +60,21 @@ def test_four_points_by_hand():
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_result_does_not_depend_on_the_block(dtype):
-    values = rows(300, 17, dtype=dtype)
-    values[::5] = values[0]  # 60 exact duplicates, more than candidates are kept
+    values = rows(120, 17, dtype=dtype)
+    values[::3] = values[0]  # 40 exact duplicates, more than candidates are kept
     values[7::50] = 0
     expected = find_neighbors(values, 12)
-    for block in (1, 13, 299):
+    for block in (1, 13, 119):
         assert same(find_neighbors(values, 12, block=block), expected)
 
 
 def test_coarse_products_change_nothing(monkeypatch):
-    """As on a device where matrix products are allowed in bfloat16: only the time may differ."""
+    """As on a device where matrix products are allowed in a short format: only the time may differ."""
     values = rows(300, 17, dtype=np.float32)
     expected = find_neighbors(values, 12)
 
     def coarse(a, b, *, out):
-        out.copy_(a.bfloat16().float() @ b.bfloat16().float())
+        out.copy_((a * 8).round() @ (b * 8).round() / 64)
 
     monkeypatch.setattr(torch, "mm", coarse)
     assert same(find_neighbors(values, 12, block=50), expected)
@@ -121,7 +121,7 @@ def test_length_does_not_matter(scale, dtype):
     np.testing.assert_allclose(find_neighbors(values * lengths, 6).similarities, expected, atol=1e-6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.integers(2, 40), st.integers(1, 5), st.integers(0, 10**6), st.data())
 def test_coarse_grids_of_ties(n, d, seed, data):
     """Whole numbers of few values: ties and duplicates everywhere, equal to rounding but not always bit by bit."""

@@ -8,25 +8,26 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from phyla.embed import forward_all
 from phyla.errors import CorruptFileError, DataNotFoundError, InputError
 from phyla.images.arrays import from_array
 from phyla.images.augment import Views
-from phyla.images.decode import read_image, square
+from phyla.images.decode import read_image, square, to_eight_bits
 from phyla.images.folders import stream_images
 from phyla.nets.heads import ClusterHeads, ClusterNet
-from phyla.nets.resnet import EncoderSpec
-from phyla.storage import atomic, read_json, write_json
+from phyla.nets.resnet import EncoderSpec, ResNet
+from phyla.storage import read_json, write_json, write_tensors
 from phyla.training.device import Device
 from phyla.types import Assignment, ImageSet
 
 FORMAT = 1
-Pictures = ImageSet | np.ndarray | Tensor | Sequence[str | Path | Image.Image | np.ndarray]
+Picture = str | Path | Image.Image | np.ndarray | Tensor
+Pictures = ImageSet | np.ndarray | Tensor | Sequence[Picture]
 
 
 @dataclass(eq=False)
@@ -49,7 +50,9 @@ class Classifier:
     facts: dict[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.names:
+        if self.net.heads.n_heads != 1:
+            raise InputError(f"a classifier has one head, got {self.net.heads.n_heads}", "pass net.only(head)")
+        if not len(self.names):
             self.names = [f"cluster {c}" for c in range(self.n_clusters)]
         if len(self.names) != self.n_clusters:
             raise InputError(f"{self.n_clusters} clusters need {self.n_clusters} names, got {len(self.names)}")
@@ -61,41 +64,58 @@ class Classifier:
         return self.net.heads.n_clusters
 
     def save(self, folder: Path | str) -> None:
-        """Write model.safetensors and model.json into ``folder``."""
-        folder = Path(folder)
-        weights = {name: value.detach().cpu().contiguous() for name, value in self.net.state_dict().items()}
-        with atomic(folder / "model.safetensors") as temporary:
-            save_file(weights, temporary)
-        spec = self.net.encoder.spec
-        write_json(folder / "model.json", {"format": FORMAT, "encoder": asdict(spec), "n_clusters": self.n_clusters,
-                                           "views": asdict(self.views), "size": self.size, "names": list(self.names),
-                                           "facts": self.facts})
+        """Write model.safetensors and model.json into ``folder``; InputError when the encoder is not one of phyla's."""
+        folder, encoder = Path(folder), self.net.encoder
+        if not isinstance(encoder, ResNet):
+            raise InputError(f"only phyla's own encoders can be saved, got {type(encoder).__name__}",
+                             "save this network with torch.save")
+        write_tensors(folder / "model.safetensors", self.net.state_dict())
+        write_json(folder / "model.json", {"format": FORMAT, "encoder": asdict(encoder.spec),
+                                           "n_clusters": self.n_clusters, "views": asdict(self.views),
+                                           "size": self.size, "names": list(self.names), "facts": self.facts})
 
     @classmethod
     def load(cls, folder: Path | str) -> "Classifier":
-        """Return the classifier saved in ``folder``, a run folder for example."""
+        """Return the classifier saved in ``folder``, a run folder for example.
+
+        Raises
+        ------
+        DataNotFoundError
+            There is none.
+        CorruptFileError
+            One of its two files is missing, damaged or of another version.
+        """
         folder = Path(folder)
         if not (folder / "model.json").exists():
             raise DataNotFoundError(f"{folder} holds no classifier (model.json is missing)",
                                     "give the folder of a finished run")
         held = read_json(folder / "model.json")
         if held.get("format") != FORMAT:
-            raise CorruptFileError(f"{folder / 'model.json'} has format {held.get('format')!r}, this version reads {FORMAT}",
-                                   "make it again with this version of phyla")
+            raise CorruptFileError(f"{folder / 'model.json'} has format {held.get('format')!r}, this version reads "
+                                   f"{FORMAT}", "make it again with this version of phyla")
         try:
             encoder = EncoderSpec(**held["encoder"]).build()
             heads = ClusterHeads(encoder.spec.n_features, held["n_clusters"])
             net = ClusterNet(encoder, heads)
             net.load_state_dict(load_file(folder / "model.safetensors"))
             return cls(net, Views(**held["views"]), held["size"], held["names"], held["facts"])
-        except (SafetensorError, RuntimeError, KeyError, TypeError, OSError) as error:
-            raise CorruptFileError(f"the classifier in {folder} cannot be read ({str(error).splitlines()[0][:120]})",
+        except (SafetensorError, RuntimeError, LookupError, TypeError, ValueError, OSError) as error:
+            told = (str(error).splitlines() or [type(error).__name__])[0][:120]
+            raise CorruptFileError(f"the classifier in {folder} cannot be read ({told})",
                                    "give the run's command again to rebuild it") from error
 
     def predict_proba(self, pictures: Pictures, *, device: Device | None = None, batch_size: int = 256) -> np.ndarray:
         """Return cluster probabilities, float32 (n_images, n_clusters), rows summing to 1.
 
-        ``pictures`` may be an ImageSet, uint8 pixels (n, height, width, 3), or a list of paths, PIL images or arrays.
+        ``pictures`` may be an ImageSet, pixels (n, height, width, 3), or a list of paths, PIL images and arrays; any
+        size, grey or with opacity (over white). ``device`` None is where the network is, else it moves there.
+
+        Raises
+        ------
+        InputError
+            There is no picture, or something that is none.
+        CorruptFileError
+            A file cannot be read.
         """
         images = self._images(pictures)
         found = forward_all(images, self.net, self.net.probabilities, self.views.plain(), device=device,
@@ -123,14 +143,34 @@ class Classifier:
             return self._resized(pictures)
         if isinstance(pictures, np.ndarray | Tensor):
             return self._resized(from_array(pictures))
+        if isinstance(pictures, str | Path | Image.Image):
+            raise InputError(f"pictures come as a list, got one {type(pictures).__name__}",
+                             "[picture] for one, predict_stream(folder) for a folder")
         if not len(pictures):
             raise InputError("there is no picture to label")
-        pixels = [read_image(Path(p), self.size) if isinstance(p, str | Path) else
-                  square(np.asarray(p.convert("RGB")) if isinstance(p, Image.Image) else p, self.size) for p in pictures]
-        return from_array(np.stack(pixels))
+        return from_array(np.stack([self._pixels(picture) for picture in pictures]), channels="last")
+
+    def _pixels(self, picture: Picture) -> np.ndarray:
+        if isinstance(picture, str | Path):
+            return read_image(picture, self.size)
+        if isinstance(picture, Image.Image):
+            return square(_rgb(picture), self.size)
+        return square(from_array(picture[None]).array[0], self.size)
 
     def _resized(self, images: ImageSet) -> ImageSet:
         if images.size == (self.size, self.size):
             return images
         pixels = np.stack([square(picture, self.size) for picture in images.array])
         return ImageSet(pixels, images.ids, images.name)
+
+
+def _rgb(image: Image.Image) -> np.ndarray:
+    """Return what reading the image's file would give: upright, on white, uint8 (height, width, 3)."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        return np.asarray(Image.fromarray(to_eight_bits(np.asarray(image))).convert("RGB"))
+    if image.has_transparency_data:
+        opaque = Image.new("RGBA", image.size, "white")
+        opaque.alpha_composite(image.convert("RGBA"))
+        image = opaque
+    return np.asarray(image.convert("RGB"))

@@ -4,13 +4,16 @@ Data goes to stdout, talk and progress to stderr. Exit code 0: done; 2: the user
 Heavy imports happen inside the verbs, so that `phyla --help` answers at once.
 """
 
+import io
 import json
+import math
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
@@ -21,7 +24,7 @@ if TYPE_CHECKING:
     from phyla.runner import Result
     from phyla.types import Scores
 
-app = typer.Typer(name="phyla", no_args_is_help=True, add_completion=False, rich_markup_mode=None,
+app = typer.Typer(name="phyla", invoke_without_command=True, add_completion=False, rich_markup_mode=None,
                   pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]},
                   help="Find the classes in images that nobody has labelled.\n\n"
                        "phyla run                        the demonstration: digits\n\n"
@@ -53,7 +56,7 @@ def _verb(name: str, until: str, text: str) -> None:
     """Register a verb that carries the chain as far as the stage ``until``."""
 
     def verb(what: What = "scan-digits", out: Out = None, classes: Classes = None, seed: Seed = None,
-             limit: Limit = None, option: Set = None, data: DataDir = None, labels: Labels = "auto",
+             limit: Limit = None, option: Set = None, data: DataDir = None, labels: Labels = None,
              device: DeviceName = "auto", precision: Precision = "auto", strict: Strict = False,
              offline: Offline = False, quiet: Quiet = False, as_json: AsJson = False) -> None:
         from phyla.display import showing
@@ -62,9 +65,9 @@ def _verb(name: str, until: str, text: str) -> None:
             from phyla.runner import Runner
             from phyla.training.device import choose_device
 
-            pipeline, folder = _resolve(what, out, classes=classes, seed=seed, limit=limit, changes=option or [])
-            runner = Runner(pipeline, folder, device=choose_device(device, precision), data_dir=data,
-                            labels=None if labels in (None, "none") else labels, strict=strict, download=not offline,
+            asked = _resolve(what, out, classes=classes, seed=seed, limit=limit, changes=option or [])
+            runner = Runner(asked.pipeline, asked.folder, device=choose_device(device, precision), data_dir=data,
+                            labels=asked.labels if labels is None else labels, strict=strict, download=not offline,
                             command=["phyla", *sys.argv[1:]])
             result = runner.go(until)  # type: ignore[arg-type]
         _show(result, as_json=as_json, quiet=quiet, whole=until == "report")
@@ -118,7 +121,7 @@ def predict(run: Annotated[Path, typer.Argument(metavar="RUN", help="the folder 
         from phyla.training.device import choose_device
 
         chosen = choose_device(device, precision)
-        outcome = predict_table(Classifier.load(run), images, out, device=chosen, strict=strict)
+        outcome = predict_table(Classifier.load(run), images, out, device=chosen, strict=strict, as_json=as_json)
     if as_json and out is not None:
         print(json.dumps(outcome))
     elif not quiet and out is not None:
@@ -160,7 +163,7 @@ def list_(what: Annotated[Listed, typer.Argument(help="which list")] = Listed.al
 
     found = inventory(data)
     shown = found if what is Listed.all else {what.value: found[what.value]}
-    print(json.dumps(shown, indent=2) if as_json else inventory_text(shown))
+    print(_json(shown) if as_json else inventory_text(shown))
 
 
 @app.command()
@@ -169,49 +172,61 @@ def show(run: Annotated[Path, typer.Argument(metavar="RUN|RECIPE", help="a run f
     """Show what a run was, or a recipe's options."""
     from phyla.inventory import recipe_text, run_facts, run_text
 
-    if (run / "run.json").exists():
+    if (run / "options.json").exists():
         facts = run_facts(run)
-        print(json.dumps(facts, indent=2) if as_json else run_text(facts))
+        print(_json(facts) if as_json else run_text(facts))
         return
+    from phyla.errors import InputError
     from phyla.recipes import recipe
 
+    if run.exists():
+        raise InputError(f"{run} is not a run folder", "give the folder of a run, such as runs/scan-digits, or a recipe")
     pipeline = recipe(str(run))
-    print(json.dumps(pipeline.options(), indent=2) if as_json else recipe_text(str(run), pipeline))
+    print(_json(pipeline.options()) if as_json else recipe_text(str(run), pipeline))
 
 
 @app.command("import")
 def import_(checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="a published .pth.tar file")],
             out: Annotated[Path, typer.Option("--out", "-o", help="folder for the classifier or encoder")],
             stem: Annotated[str | None, typer.Option(help="cifar or stl: the files do not tell",
-                                                     show_default=False)] = None, as_json: AsJson = False) -> None:
+                                                     show_default=False)] = None,
+            quiet: Quiet = False, as_json: AsJson = False) -> None:
     """Convert a published checkpoint (SCAN, SimCLR, MoCo)."""
     from phyla.display import showing
 
-    with showing(quiet=False):
+    with showing(quiet=quiet):
         from phyla.prediction import import_checkpoint
 
         facts = import_checkpoint(checkpoint, out, stem)
-    print(json.dumps(facts, indent=2) if as_json else "\n".join(f"{name}: {value}" for name, value in facts.items()))
+    print(_json(facts) if as_json else "\n".join(f"{name}: {value}" for name, value in facts.items()))
+
+
+class Asked(NamedTuple):
+    """What the arguments of a verb ask for: a pipeline, its folder, and where true labels are from."""
+
+    pipeline: "Pipeline"
+    folder: Path
+    labels: str | None
 
 
 def _resolve(what: str, out: Path | None, *, classes: int | None, seed: int | None, limit: int | None,
-             changes: Sequence[str]) -> tuple["Pipeline", Path]:
-    """Return the pipeline that the arguments ask for, and its folder."""
+             changes: Sequence[str]) -> Asked:
     from phyla.errors import InputError
     from phyla.recipes import RECIPES, change, from_file, recipe, with_seed
-    from phyla.runner import recorded_pipeline
+    from phyla.runner import recorded_labels, recorded_pipeline
 
-    path = Path(what)
+    pairs = [_pair(text) for text in changes]
+    path, labels = Path(what), "auto"
     if (path / "options.json").exists():
-        pipeline, out = recorded_pipeline(path), out or path
-    elif what in RECIPES and what != "scan-folder":
+        pipeline, out, labels = recorded_pipeline(path), out or path, recorded_labels(path) or "none"
+    elif what in RECIPES:
         pipeline = recipe(what)
     elif path.suffix == ".toml" and path.is_file():
         pipeline = from_file(path)
     elif path.exists():
-        if classes is None and not any(text.startswith("cluster.n_clusters=") for text in changes):
-            raise InputError("how many classes to look for is not known", f"phyla run {what} --classes 10")
-        pipeline = change(recipe("scan-folder"), "data.source", what)
+        if classes is None and "cluster.n_clusters" not in dict(pairs):
+            raise InputError("how many classes to look for is not known", f"phyla run {shlex.quote(what)} --classes 10")
+        pipeline = change(recipe("scan-folder"), "data.source", str(path.absolute()))
     else:
         pipeline = _missing(what)
     if classes is not None:
@@ -220,13 +235,21 @@ def _resolve(what: str, out: Path | None, *, classes: int | None, seed: int | No
         pipeline = change(pipeline, "data.limit", limit)
     if seed is not None:
         pipeline = with_seed(pipeline, seed)
-    for text in changes:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise InputError(f"--set {text} has no value", "write --set STAGE.OPTION=VALUE")
-        pipeline = change(pipeline, key.strip(), value.strip())
-    name = pipeline.name if pipeline.name != "scan-folder" else f"{path.resolve().stem}-{pipeline.cluster.n_clusters}"
-    return pipeline, out or Path("runs") / name
+    for key, value in pairs:
+        pipeline = change(pipeline, key, value)
+    name = pipeline.name
+    if name == "scan-folder":
+        name = f"{path.resolve().name if path.is_dir() else path.stem}-{pipeline.cluster.n_clusters}"
+    return Asked(pipeline, out or Path("runs") / name, labels)
+
+
+def _pair(text: str) -> tuple[str, str]:
+    from phyla.errors import InputError
+
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise InputError(f"--set {text} has no value", "write --set STAGE.OPTION=VALUE")
+    return key.strip(), value.strip()
 
 
 def _missing(what: str) -> "Pipeline":
@@ -240,10 +263,10 @@ def _missing(what: str) -> "Pipeline":
 
 def _show(result: "Result", *, as_json: bool, quiet: bool, whole: bool) -> None:
     if as_json:
-        print(json.dumps({"run": str(result.path), "did_work": result.did_work, "n_images": result.n_images,
-                          "notices": list(result.notices),
-                          "scores": [{"method": row.method, "split": row.split, "n_images": row.n_images, **row.values}
-                                     for row in result.scores]}))
+        print(_json({"run": str(result.path), "did_work": result.did_work, "n_images": result.n_images,
+                     "notices": list(result.notices),
+                     "scores": [{"method": row.method, "split": row.split, "n_images": row.n_images, **row.values}
+                                for row in result.scores]}))
         return
     if result.scores:
         print(_table(result.scores))
@@ -264,16 +287,37 @@ def _table(rows: Sequence["Scores"]) -> str:
     lines = [["method", "split", "images", *columns.values()]]
     for row in shown:
         numbers = [row.values.get(name) for name in columns]
-        lines.append([row.method, row.split, str(row.n_images),
-                      *("-" if x is None else f"{x:.0f}" if x == int(x) and x > 1 else f"{x:.3f}" for x in numbers)])
+        lines.append([row.method, row.split, str(row.n_images), *("-" if x is None else _number(x) for x in numbers)])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     text = ["  ".join(cell.ljust(width) if column < 2 else cell.rjust(width)
                       for column, (cell, width) in enumerate(zip(line, widths, strict=True))) for line in lines]
     return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
 
 
+def _number(x: float) -> str:
+    return f"{x:.0f}" if x > 1 and x.is_integer() else f"{x:.3f}"
+
+
+def _json(value: object) -> str:
+    """Return JSON that every reader takes: what is not a finite number is null."""
+    def plain(part: object) -> object:
+        if isinstance(part, dict):
+            return {str(key): plain(inner) for key, inner in part.items()}
+        if isinstance(part, list | tuple):
+            return [plain(inner) for inner in part]
+        return None if isinstance(part, float) and not math.isfinite(part) else part
+
+    return json.dumps(plain(value), indent=2)
+
+
 def _say(text: str) -> None:
     print(text, file=sys.stderr)
+
+
+def _one_line(text: str) -> str:
+    """Return a message on one line, whatever the name of a file in it holds."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape", "backslashreplace").decode()
+                   for char in text)
 
 
 def _version(wanted: bool) -> None:
@@ -283,23 +327,29 @@ def _version(wanted: bool) -> None:
 
 
 @app.callback()
-def _root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True,
+def _root(context: typer.Context,
+          version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True,
                                                 help="print the version")] = False) -> None:
-    pass
+    if context.invoked_subcommand is None:
+        _say(context.get_help())
+        raise typer.Exit(2)
 
 
 def main() -> None:
     """Run the command line; every error of ours is one line on stderr."""
     from phyla.errors import PhylaError
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal may lack the letters of a file's name
     sys.exit(_guarded(app, PhylaError))
 
 
 def _guarded(command: Callable[..., object], ours: type[Exception]) -> int:
     try:
-        command(standalone_mode=False)
+        code = command(standalone_mode=False)
     except ours as error:
-        _say(f"error: {error}")
+        _say(f"error: {_one_line(str(error))}")
         return getattr(error, "exit_code", 1)
     except (KeyboardInterrupt, typer.Abort):
         _say("stopped; give the same command again to go on where it was")
@@ -309,10 +359,13 @@ def _guarded(command: Callable[..., object], ours: type[Exception]) -> int:
         return 0
     except Exception as error:
         if hasattr(error, "format_message"):  # a mistake on the command line itself
-            _say(f"error: {error.format_message()}")
+            _say(f"error: {_one_line(error.format_message())}")
             return 2
+        if isinstance(error, OSError):  # the system's: it names the file
+            _say(f"error: {_one_line(str(error))}")
+            return 1
         raise
-    return 0
+    return code if isinstance(code, int) else 0
 
 
 if __name__ == "__main__":

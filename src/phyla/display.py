@@ -103,12 +103,21 @@ class Line:
     def _write(self, now: float, *, ended: bool = False) -> None:
         taken = now - self.started
         rate = (self.done - self.begun) / max(taken, 1e-9)
-        of = f"/{self.total}" if self.total is not None else ""
+        scale, units = amount(self.unit)
+        of = f"/{self.total * scale:.0f}" if self.total is not None else ""
         left = f", {clock((self.total - self.done) / rate)} left" if self.total and rate > 0 and not ended else ""
         note = f", {self.note}" if self.note else ""
-        told = f"{self.description}: {self.done}{of} {self.unit}s in {clock(taken)}, {rate:.1f}/s{left}{note}"
+        done = f"{self.done * scale:.0f}{of} {units}"
+        told = f"{self.description}: {done} in {clock(taken)}, {rate * scale:.1f}/s{left}{note}"
         sys.stderr.write(told + "\n")
         sys.stderr.flush()
+
+
+def amount(unit: str) -> tuple[float, str]:
+    """Return by what to multiply a number of ``unit`` to show it, and the unit then: megabytes, or its plural."""
+    if unit == "B":
+        return 1e-6, "MB"
+    return 1, unit if unit.endswith("s") else f"{unit}s"
 
 
 def clock(seconds: float) -> str:
@@ -171,13 +180,16 @@ class LiveBar:
     """One bar on a terminal."""
 
     def __init__(self, progress: "Progress", description: str, total: int | None, unit: str, done: int) -> None:
-        self.progress, self.unit, self.done, self.begun, self.note = progress, unit, done, done, ""
+        self.progress, self.done, self.begun, self.note = progress, done, done, ""
         self.started = time.monotonic()
-        self.task = progress.add_task(description, total=total, completed=done, rate="", note="")
+        self.scale, self.units = amount(unit)
+        self.task = progress.add_task(description, total=None if total is None else total * self.scale,
+                                      completed=done * self.scale, rate="", note="")  # type: ignore[arg-type]
 
     def advance(self, n: int = 1, note: str = "") -> None:
         """Move on."""
         self.done += n
         rate = (self.done - self.begun) / max(time.monotonic() - self.started, 1e-9)
         self.note = note or self.note
-        self.progress.update(self.task, completed=self.done, rate=f"{rate:.1f} {self.unit}s/s", note=self.note)
+        self.progress.update(self.task, completed=self.done * self.scale, note=self.note,
+                             rate=f"{rate * self.scale:.1f} {self.units}/s")

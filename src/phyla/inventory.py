@@ -2,12 +2,14 @@
 
 import dataclasses
 import inspect
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from phyla.errors import InputError
 from phyla.images.catalog import DATASETS, found_splits
-from phyla.pipeline import Pipeline
+from phyla.pipeline import STAGES, Pipeline
 from phyla.recipes import RECIPES
 from phyla.storage import read_json
 
@@ -44,7 +46,9 @@ def inventory_text(sections: Mapping[str, Mapping[str, str]]) -> str:
 
 
 def run_facts(run: Path) -> dict[str, Any]:
-    """Return run.json of a run folder, with its scores."""
+    """Return run.json of a run folder, with its scores; InputError while it has no result."""
+    if not (run / "run.json").exists():
+        raise InputError(f"{run} has no result yet", f"go on with it: phyla run {run}")
     facts = read_json(run / "run.json")
     scores = run / "scores.json"
     return facts | {"scores": read_json(scores)["scores"] if scores.exists() else []}
@@ -52,10 +56,11 @@ def run_facts(run: Path) -> dict[str, Any]:
 
 def run_text(facts: Mapping[str, Any]) -> str:
     """Return what a run was, in a few lines."""
-    lines = [f"command   {' '.join(facts['command'])}", f"device    {facts['device']}", f"machine   {facts['machine']}",
+    lines = [f"command   {shlex.join(facts['command'])}", f"device    {facts['device']}",
+             f"machine   {facts['machine']}",
              "versions  " + ", ".join(f"{name} {text}" for name, text in facts["versions"].items()),
              "images    " + ", ".join(f"{n} {split}" for split, n in facts["n_images"].items()), "stages"]
-    lines += [f"  {name:<10} {stage['seconds']:>8.1f} s" for name, stage in facts["stages"].items()]
+    lines += [f"  {name:<10} {facts['stages'][name]['seconds']:>8.1f} s" for name in STAGES if name in facts["stages"]]
     for row in facts["scores"]:
         told = ", ".join(f"{name} {value:.4f}" for name, value in sorted(row["values"].items()))
         lines.append(f"{row['method']} ({row['split']}): {told}")
@@ -71,6 +76,8 @@ def recipe_text(name: str, pipeline: Pipeline) -> str:
 
 
 def _options(prefix: str, value: object) -> list[str]:
+    if isinstance(value, tuple):
+        value = ",".join(str(part) for part in value)
     if not dataclasses.is_dataclass(value):
         return [f"{prefix} = {value}"]
     return [line for field in dataclasses.fields(value)

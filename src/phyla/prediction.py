@@ -1,9 +1,14 @@
 """What is done with a finished run: label new images, sort images into folders, take in a published checkpoint."""
 
+import json
 import logging
+import os
+import re
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -11,13 +16,13 @@ import pyarrow.parquet as pq
 from phyla.classifier import Classifier
 from phyla.errors import InputError
 from phyla.images.augment import Views
+from phyla.images.catalog import data_set_name
 from phyla.images.folders import find_images
-from phyla.nets.heads import ClusterNet
 from phyla.progress import bar
 from phyla.recipes import CIFAR10, IMAGENET
 from phyla.rundir import save_encoder
 from phyla.storage import read_json, storage_error
-from phyla.tables import stdout_csv, write_assignments
+from phyla.tables import COLUMNS, N_TOP, stdout_csv, write_assignments
 from phyla.training.device import Device
 from phyla.types import Assignment
 from phyla.zoo import load_published
@@ -26,64 +31,120 @@ log = logging.getLogger("phyla")
 
 
 def predict_table(classifier: Classifier, images: Path, out: Path | None, *, device: Device | None = None,
-                  strict: bool = False) -> dict[str, object]:
+                  strict: bool = False, as_json: bool = False) -> dict[str, object]:
     """Label the images of a folder, list or file as a table on stdout or in ``out``; constant memory.
 
     Returns how many were labelled and skipped. Unreadable files are named in the log and left out of the table.
+
+    Parameters
+    ----------
+    as_json : a JSON list on stdout instead of CSV; ``out`` goes by its name
+
+    Raises
+    ------
+    InputError
+        There is no image, or not one that can be read.
     """
     skipped = 0
+    n_files = len(find_images(images))  # before the first line is written
 
     def chunks() -> Iterator[Assignment]:
         nonlocal skipped
-        with bar("predict", total=len(find_images(images)), unit="image") as shown:
+        with bar("predict", total=n_files, unit="image") as shown:
             for assignment, unreadable in classifier.predict_stream(images, device=device, strict=strict):
                 skipped += len(unreadable)
                 shown.advance((len(assignment) if assignment else 0) + len(unreadable))
                 if assignment:
                     yield assignment
+        if skipped == n_files:
+            raise InputError(f"none of the {n_files} images of {images} can be read",
+                             "check that they open in an image viewer")
 
-    labelled = stdout_csv(chunks()) if out is None else write_assignments(out, chunks())
+    if out is not None:
+        labelled = write_assignments(out, chunks())
+    else:
+        labelled = _stdout_json(chunks()) if as_json else stdout_csv(chunks())
     return {"labelled": labelled, "skipped": skipped, "out": str(out) if out else None}
+
+
+def _stdout_json(chunks: Iterable[Assignment]) -> int:
+    """Write one JSON list, an object a line, with the columns of the other tables; return the number of rows."""
+    n_rows = 0
+    for chunk in chunks:
+        clusters, probabilities = chunk.top(N_TOP)
+        for name, found, sure in zip(chunk.ids, clusters.tolist(), probabilities.tolist(), strict=True):
+            values = [value for rank in zip(found, sure, strict=True) for value in rank]
+            row = dict(zip(COLUMNS, [name, *values], strict=False))
+            sys.stdout.write(f"{',' if n_rows else '['}\n{json.dumps(row)}")
+            n_rows += 1
+    sys.stdout.write("\n]\n")
+    return n_rows
 
 
 def export_folders(run: Path, folders: Path, *, min_confidence: float = 0.0, link: bool = False) -> int:
     """Copy or link the images of a run into one folder a cluster below ``folders``; return how many.
 
-    An image below ``min_confidence`` goes into ``unsure``. The run must have been made from a folder or list of files.
+    An image below ``min_confidence`` goes into ``unsure``. The run must have been made from a folder or list of files,
+    and ``folders`` must be empty or new: nothing is written over, and no earlier export is mixed with this one.
     """
-    facts = read_json(run / "run.json") if (run / "run.json").exists() else None
-    if facts is None:
-        raise InputError(f"{run} holds no finished run", "give the folder of one, such as runs/NAME")
-    source = Path(str(facts["options"]["data"]["source"]))
-    if not source.exists():
-        raise InputError(f"the run was made from {str(source)!r}, which is no folder here", "only files can be sorted")
-    names = Classifier.load(run).names
+    source, table = _exported(run, folders)
+    names = [_folder_name(name) for name in Classifier.load(run).names]
     where = {file.id: file.path for file in find_images(source)}
-    rows = pq.read_table(run / "assignments.parquet", columns=["id", "cluster", "confidence"]).to_pylist()
-    n_done = 0
+    rows = pq.read_table(table, columns=["id", "cluster", "confidence"]).to_pylist()
+    missing = 0
     with bar("export", total=len(rows), unit="image") as shown:
         for row in rows:
-            name, cluster, sure = row["id"], row["cluster"], row["confidence"]
-            target = folders / ("unsure" if sure < min_confidence else names[int(cluster)]) / name.replace("/", "__")
-            if name in where:
-                _put(Path(where[name]), target, link=link)
-                n_done += 1
+            place = folders / ("unsure" if row["confidence"] < min_confidence else names[row["cluster"]])
+            if row["id"] in where:
+                _put(Path(where[row["id"]]), _free(place / _file_name(row["id"])), link=link)
+            else:
+                missing += 1
             shown.advance()
-    if n_done < len(rows):
-        log.warning("%d images of the run are no longer in %s", len(rows) - n_done, source)
-    return n_done
+    if missing:
+        log.warning("%d images of the run are no longer in %s", missing, source)
+    return len(rows) - missing
+
+
+def _exported(run: Path, folders: Path) -> tuple[Path, Path]:
+    """Return what a run was made from and its table of assignments, checked to be files that can be sorted."""
+    table = run / "assignments.parquet"
+    if not (run / "run.json").exists() or not table.exists():
+        raise InputError(f"{run} holds no finished run", "give the folder of one, such as runs/NAME")
+    name = str(read_json(run / "run.json")["options"]["data"]["source"])
+    source = Path(name)
+    if data_set_name(name) is not None or not source.exists() or source.suffix.lower() in (".npy", ".npz"):
+        raise InputError(f"the run was made from {name!r}, which is no folder here", "only files can be sorted")
+    try:
+        if folders.exists() and any(folders.iterdir()):
+            raise InputError(f"{folders} is not empty", "give an empty or new folder: nothing is written over")
+    except NotADirectoryError as error:
+        raise InputError(f"{folders} is a file, not a folder", "give an empty or new folder") from error
+    return source, table
+
+
+def _folder_name(name: str) -> str:
+    return re.sub(r"[/\\:*?\"<>|\x00-\x1f]", "_", name).strip(". ") or "_"
+
+
+def _file_name(image: str) -> str:
+    return image.lstrip("/").replace("/", "__").replace(":", "_")
+
+
+def _free(path: Path) -> Path:
+    """Return ``path``, or the first like it that is not taken: two images may differ in their folders alone."""
+    tries = (path.with_name(f"{path.stem}~{n}{path.suffix}") for n in count(2))
+    return path if not os.path.lexists(path) else next(other for other in tries if not os.path.lexists(other))
 
 
 def _put(source: Path, target: Path, *, link: bool) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if link:
-            target.unlink(missing_ok=True)
             try:
                 target.symlink_to(source.resolve())
                 return
-            except OSError:  # Windows without the right to make links: a hard link, or at last a copy
-                log.debug("no symbolic link for %s", target)
+            except OSError:  # Windows without the right to make links
+                log.debug("no symbolic link for %s: a copy", target)
         shutil.copyfile(source, target)
     except OSError as error:
         raise storage_error(target, error) from error
@@ -98,6 +159,6 @@ def import_checkpoint(path: Path, out: Path, stem: str | None) -> dict[str, obje
     if found.heads is None:
         save_encoder(out, found.encoder, found.projection)
         return facts | {"written": str(out / "encoder.safetensors")}
-    net = ClusterNet(found.encoder, found.heads).only(found.head or 0)
-    Classifier(net, views, 256 if size == 224 else size, facts={"imported": path.name, "kind": found.kind}).save(out)
+    size = 256 if size == 224 else size  # stored, then cropped
+    Classifier(found.net(), views, size, facts={"imported": path.name, "kind": found.kind}).save(out)
     return facts | {"written": str(out / "model.safetensors")}

@@ -6,11 +6,12 @@ A long step opens a bar; the command line installs a display. Nothing here print
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 T = TypeVar("T")
 
 
+@runtime_checkable
 class Bar(Protocol):
     """One long step being shown."""
 
@@ -18,6 +19,7 @@ class Bar(Protocol):
         """Move on by ``n`` units; ``note`` replaces the short text beside the bar."""
 
 
+@runtime_checkable
 class Display(Protocol):
     """Something that shows bars: a terminal, a log file, a notebook."""
 

@@ -5,6 +5,7 @@ A user's changes are laid over a recipe by ``change``: a dotted name and a value
 
 import dataclasses
 import json
+import math
 import tomllib
 import types
 from collections.abc import Callable, Mapping
@@ -48,8 +49,8 @@ def scan_digits() -> Pipeline:
         pretrain=SimCLR(encoder=EncoderSpec(width=32), views=crops, temperature=0.5, n_epochs=80,
                         batch_size=256, lr=0.3),
         embed=EmbedOptions(layer="encoder"),
-        cluster=SCAN(n_clusters=10, views=strong, n_epochs=20, batch_size=128, lr=1e-3),
-        refine=SelfLabel(views=strong, n_epochs=30, batch_size=256, lr=5e-4),
+        cluster=SCAN(n_clusters=10, views=strong, n_epochs=25, batch_size=128, lr=1e-3),
+        refine=SelfLabel(views=strong, threshold=0.95, n_epochs=30, batch_size=256),
     )
 
 
@@ -191,7 +192,7 @@ def from_file(path: Path | str) -> Pipeline:
     except FileNotFoundError as error:
         raise DataNotFoundError(f"there is no file {path}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not TOML: {error}") from error
+        raise InputError(f"{path} is not TOML: {error}", 'text is quoted and a number is not: lr = 0.1') from error
     name = told.pop("recipe", None)
     if not isinstance(name, str):
         raise InputError(f"{path} names no recipe", 'start it with: recipe = "scan-cifar10"')
@@ -238,8 +239,8 @@ def _changed(part: PartT, names: list[str], value: object, key: str) -> PartT:
     fields = {field.name: field for field in dataclasses.fields(part)}  # type: ignore[arg-type]
     name, *rest = names
     if name not in fields or (name == "name" and isinstance(part, Pipeline)):
-        raise InputError(f"no option {key!r}: {type(part).__name__} has no {name!r}",
-                         nearest(name, [known for known in fields if known != "name"]))
+        allowed = [known for known in fields if known != "name" or not isinstance(part, Pipeline)]
+        raise InputError(f"no option {key!r}: {type(part).__name__} has no {name!r}", nearest(name, allowed))
     if rest:
         inner = getattr(part, name)
         if not dataclasses.is_dataclass(inner):
@@ -279,10 +280,13 @@ def _scalar(value: object, kind: object, key: str) -> object:
                 raise ValueError
             return int(value)  # type: ignore[call-overload]
         if kind is float:
-            return float(value)  # type: ignore[arg-type]
+            number = float(value)  # type: ignore[arg-type]
+            if not math.isfinite(number):
+                raise ValueError
+            return number
         if kind is str:
             return str(value)
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, TypeError, OverflowError) as error:
         raise InputError(f"{key}={value} is not {_WORDS.get(kind, 'allowed')}") from error
     raise InputError(f"{key} cannot be set as one value", f"set one of its parts: {key}.NAME={json.dumps(value)}")
 

@@ -6,8 +6,11 @@ current result: run.json, metrics.jsonl, the arrays, model.safetensors, assignme
 """
 
 import errno
+import filecmp
 import hashlib
 import json
+import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,10 +22,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from phyla.errors import CorruptFileError, InputError, PhylaError
+from phyla.errors import CorruptFileError, InputError, PhylaError, StorageError
 from phyla.nets.heads import Projection
 from phyla.nets.resnet import EncoderSpec, ResNet
 from phyla.storage import (
+    atomic,
     fingerprint,
     read_array,
     read_json,
@@ -36,6 +40,7 @@ from phyla.types import Assignment, Embeddings, Neighbors
 
 MARKER = "phyla-run.json"
 OPTIONS = "options.json"
+LINKED = (".npy", ".safetensors")
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,10 @@ class RunDir:
                                  if held.get(name) != value)
                 raise InputError(f"{self.path} holds another run: {told}", "choose another --out; nothing was changed")
         else:
-            write_json(marker, identity)
+            try:
+                write_json(marker, identity)
+            except StorageError as error:
+                raise _unusable(self.path, error) from error
         for partial in (*self.path.glob(".*.part"), *self.path.glob("stages/*/.*.part")):
             partial.unlink(missing_ok=True)  # left by a run that was killed while it wrote
 
@@ -133,6 +141,8 @@ class RunDir:
 
 
 def _unusable(path: Path, error: OSError) -> PhylaError:
+    if isinstance(error, StorageError) and isinstance(error.__cause__, OSError):
+        error = error.__cause__
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return storage_error(path, error)
     is_file = isinstance(error, FileExistsError | NotADirectoryError)
@@ -163,8 +173,8 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, PhylaError, RuntimeError, KeyError, TypeError, ValueError, OSError) as error:
-        told = error.message if isinstance(error, PhylaError) else f"{type(error).__name__}: {error}"
-        told = next(iter(told.splitlines()), "")[:160]
+        foreign = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+        told = error.message if isinstance(error, PhylaError) else foreign
         message = told if str(path.parent) in told else f"{path} cannot be read ({told})"
         raise CorruptFileError(message, f"delete {path.parent} and give the command again: that stage is made anew, "
                                         "the others are kept") from error
@@ -252,3 +262,30 @@ def load_records(path: Path) -> list[dict[str, object]]:
     with reading(path):
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
+
+def place(source: Path, target: Path) -> None:
+    """Show a stage's file at the top of the run folder: arrays and weights as a hard link where that can be.
+
+    Anything else is a copy, because people edit it and what the stage has must stay.
+    """
+    if target.exists() and target.samefile(source):  # moving a link onto its own file would leave both names
+        return
+    with atomic(target) as temporary:
+        temporary.unlink(missing_ok=True)
+        if source.suffix not in LINKED or not _link(source, temporary):
+            shutil.copyfile(source, temporary)
+
+
+def _link(source: Path, target: Path) -> bool:
+    try:
+        os.link(source, target)
+    except OSError:  # not on this file system
+        return False
+    return True
+
+
+def is_placed(source: Path, target: Path) -> bool:
+    """Return whether ``target`` is there and, if it holds an array or weights, is still what the stage made."""
+    if not target.exists() or source.suffix not in LINKED:
+        return target.exists()
+    return target.samefile(source) or filecmp.cmp(source, target, shallow=False)

@@ -6,9 +6,9 @@ Labels are read once, in the evaluate stage, and reach nothing but scores and th
 import logging
 import os
 import platform
-import shutil
+import shlex
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +23,7 @@ from phyla.errors import InputError
 from phyla.evaluate.scorecard import Split, fill_scorecard
 from phyla.evaluate.truth import Truth, true_labels
 from phyla.images.catalog import data_set_name
+from phyla.images.folders import is_there
 from phyla.images.sources import Loaded, open_images
 from phyla.neighbors import find_neighbors
 from phyla.pipeline import STAGES, Pipeline, StageName
@@ -30,19 +31,22 @@ from phyla.recipes import from_options
 from phyla.refine.selflabel import SelfLabel
 from phyla.report.page import ReportInput, build_report
 from phyla.rundir import (
+    OPTIONS,
     RunDir,
+    is_placed,
     load_assignment,
     load_embeddings,
     load_encoder,
     load_neighbors,
     load_records,
+    place,
     save_assignment,
     save_embeddings,
     save_encoder,
     save_neighbors,
     save_records,
 )
-from phyla.storage import array_fingerprint, atomic, read_json, write_json
+from phyla.storage import array_fingerprint, read_json, write_json
 from phyla.tables import write_assignments
 from phyla.training.device import Device, choose_device
 from phyla.types import Assignment, Embeddings, ImageSet, Neighbors, Scores
@@ -68,7 +72,7 @@ class Runner:
     ----------
     device : where to compute
     data_dir : where data sets are looked for first
-    labels : auto: the data set's own; folders: the first folder of each id; or a CSV file; None: none at all
+    labels : auto: the data set's own; folders: the first folder of each id; or a CSV file; None or none: none at all
     strict : stop at the first image that cannot be read, instead of leaving it out
     download : fetch a missing data set when the network allows
     command : what the user typed, for run.json
@@ -77,12 +81,13 @@ class Runner:
     def __init__(self, pipeline: Pipeline, out: Path | str, *, device: Device | None = None,
                  data_dir: Path | None = None, labels: str | None = "auto", strict: bool = False, download: bool = True,
                  command: Sequence[str] = ()) -> None:
-        self.pipeline, self.device = pipeline, device or choose_device()
-        self.data_dir, self.labels, self.strict, self.download = data_dir, labels, strict, download
+        self.pipeline, self.device = _from_anywhere(pipeline), device or choose_device()
+        self.data_dir, self.strict, self.download = data_dir, strict, download
+        self.labels = labels if labels in ("auto", "folders") else _absolute(labels)
         self.command = list(command)
         self._validate()
-        source = pipeline.data.source
-        where = str(Path(source).resolve()) if Path(source).exists() and self._is_path else source
+        source = self.pipeline.data.source
+        where = data_set_name(source) or (str(Path(source).resolve()) if is_there(Path(source)) else source)
         self.run = RunDir(out, {"format": 1, "recipe": pipeline.name, "source": where})
         self.notices: list[str] = []
 
@@ -94,17 +99,23 @@ class Runner:
 
     def go(self, until: StageName = "report") -> Result:
         """Do every stage up to ``until`` that is not done yet, and return what there is."""
-        write_json(self.run.path / "options.json", {"options": self.pipeline.options(), "labels": self.labels})
-        stages = [getattr(self, f"_{name}") for name in STAGES[: STAGES.index(until) + 1]]
+        self._images()
+        wanted = STAGES[1 : STAGES.index(until) + 1]
+        if "evaluate" in wanted:  # a table of labels that cannot be read is told before the work, not after it
+            self.truth("train")
+        write_json(self.run.path / OPTIONS, {"options": self.pipeline.options(), "labels": self.labels})
+        for name in wanted:
+            getattr(self, f"_{name}")()
+        stages = self.run.stages.values()
+        did = any(not stage.was_kept for stage in stages)
         for stage in stages:
-            stage()
-        did = [stage for stage in self.run.stages.values() if not stage.was_kept]
-        for stage in self.run.stages.values():
             log.info("%-9s %s", stage.name, "unchanged, kept" if stage.was_kept else f"{stage.facts['seconds']} s")
-        published = self._publish() if did or not (self.run.path / "run.json").exists() or self._stale() else False
-        if not did and not published:
+        self.notices = self._all_notices()
+        if did or not self._is_shown(whole=until == STAGES[-1]):
+            self._publish()
+        else:
             log.info("nothing to do: every stage of this run is already there, in %s", self.run.path)
-        return Result(self.run.path, self.scores, tuple(self.notices), len(self.train), bool(did))
+        return Result(self.run.path, self.scores, tuple(self.notices), len(self.train), did)
 
     # ---- stages, in order ---------------------------------------------------------------------------------------
 
@@ -208,17 +219,18 @@ class Runner:
     def _report(self) -> None:
         def make(folder: Path) -> dict[str, object]:
             truth = self.truth("train")
-            shown = [row for row in self.scores if row.split == self.pipeline.data.split and "probes" not in row.method]
             build_report(ReportInput(
                 title=f"{self.train.name}: {self.pipeline.cluster.n_clusters} clusters", images=self.train,
                 assignment=self.assignment(self._last), embeddings=self.embeddings("train").values,
-                neighbors=self.neighbors("train"), curves=self._curves(), scores=shown,
+                neighbors=self.neighbors("train"), curves=self._curves(), scores=self.scores,
                 truth=(truth.labels, truth.names) if truth else None, run=self._told(),
                 skipped=self.loaded("train").skipped, notices=self._all_notices()), folder)
             return {}
 
-        self.run.stage("report", {"phyla": phyla.__version__, "recipe": self.pipeline.options()},
-                       [self._key("evaluate"), self._key(self._last)], make)
+        truth = self.truth("train")
+        options = {"phyla": phyla.__version__, "recipe": self.pipeline.options(),
+                   "skipped": self.loaded("train").skipped, "classes": truth.names if truth else None}
+        self.run.stage("report", options, [self._key("evaluate"), self._key(self._last)], make)
 
     # ---- what stages left -----------------------------------------------------------------------------------------
 
@@ -262,25 +274,29 @@ class Runner:
 
     def truth(self, split: str) -> Truth | None:
         """Return the true labels of a split, where there are any and they are wanted; for scores alone."""
-        if self.labels is None:
-            return None
+        return self._truths.get(split)
+
+    @cached_property
+    def _truths(self) -> dict[str, Truth]:
         data = self.pipeline.data
-        wanted = data.held_out if split == "held_out" else data.split
-        ids = self.held_out.ids if split == "held_out" and self.held_out is not None else self.train.ids
-        return true_labels(data.source, ids, split=wanted or "train", data_dir=self.data_dir, labels=self.labels)
+        named = {"train": data.split, "held_out": data.held_out or ""}
+        found = {name: true_labels(data.source, images.ids, split=named[name], data_dir=self.data_dir,
+                                   labels=self.labels) for name, images in self._splits() if self.labels is not None}
+        return {name: truth for name, truth in found.items() if truth is not None}
 
     # ---- the small print --------------------------------------------------------------------------------------------
 
     def _validate(self) -> None:
         n_clusters = self.pipeline.cluster.n_clusters
+        if not self.pipeline.data.source:
+            raise InputError("which images to look at is not known", "phyla run FOLDER --classes 10")
         if n_clusters < 1:
             raise InputError(f"the number of classes must be at least 1, got {n_clusters}", "--classes 10, for example")
         if self.pipeline.data.limit is not None and self.pipeline.data.limit < 2:
             raise InputError(f"--limit must be at least 2, got {self.pipeline.data.limit}")
-
-    @property
-    def _is_path(self) -> bool:
-        return data_set_name(self.pipeline.data.source) is None
+        for stage in (self.pipeline.pretrain, self.pipeline.cluster, self.pipeline.refine, self.pipeline.evaluate):
+            if not 0 <= getattr(stage, "random_state", 0) < 2**32:
+                raise InputError(f"a seed must be from 0 to {2**32 - 1}, got {getattr(stage, 'random_state', 0)}")
 
     @cached_property
     def _loaded(self) -> dict[str, Loaded]:
@@ -290,7 +306,8 @@ class Runner:
 
     def _load(self, split: str) -> Loaded:
         data = self.pipeline.data
-        keeps = self._is_path or data.source.startswith("imagenet")  # files that took decoding; arrays load fast
+        name = data_set_name(data.source)
+        keeps = name is None or name.startswith("imagenet")  # files that took decoding; arrays load fast
         return open_images(data.source, split=split, size=data.size, limit=data.limit, data_dir=self.data_dir,
                            strict=self.strict, download=self.download,
                            cache=self.run.path / "stages" / "images" if keeps else None)
@@ -360,39 +377,56 @@ class Runner:
     def _told(self) -> dict[str, object]:
         facts = self._facts()
         stages = {name: stage.facts["seconds"] for name, stage in self.run.stages.items()}
-        return {"recipe": self.pipeline.name, "command": " ".join(self.command),
+        return {"recipe": self.pipeline.name, "command": shlex.join(self.command),
                 "seed": self.pipeline.cluster.random_state, "device": facts["device"], "machine": facts["machine"],
                 "seconds": stages, "versions": facts["versions"], "options": self.pipeline.options()}
 
     # ---- the top of the folder --------------------------------------------------------------------------------------
 
-    def _stale(self) -> bool:
-        held = read_json(self.run.path / "run.json")
-        shown = {name: stage["key"] for name, stage in held["stages"].items()}
-        return shown != {name: stage.key for name, stage in self.run.stages.items()}
+    def _placed(self) -> dict[str, Path]:
+        """Return the files at the top of the folder that are a stage's, and where the stage has them."""
+        made = self.run.stages
+        placed = {f"{name}.npy": self._folder(stage) / "train.npy"
+                  for stage, name in (("embed", "embeddings"), ("neighbors", "neighbors")) if stage in made}
+        if "cluster" in made:
+            placed |= {name: self._folder(self._last) / name for name in ("model.safetensors", "model.json")}
+        if "evaluate" in made:
+            placed["scores.json"] = self._folder("evaluate") / "scores.json"
+        if "report" in made:
+            placed |= {path.name: path for path in sorted(self._folder("report").iterdir())
+                       if path.suffix in (".html", ".png")}
+        return placed
 
-    def _publish(self) -> bool:
-        self.notices = self._all_notices()
+    def _tables(self) -> dict[str, str]:
+        """Return the tables at the top of the folder, and the split that each is of."""
+        titles = {"train": "assignments", "held_out": "assignments-held-out"}
+        splits = [name for name, _ in self._splits()] if "cluster" in self.run.stages else []
+        return {f"{titles[split]}.{kind}": split for split in splits for kind in ("csv", "parquet")}
+
+    def _is_shown(self, *, whole: bool) -> bool:
+        """Return whether the top of the folder shows these stages; those of a part may be followed by others."""
+        path = self.run.path / "run.json"
+        held = read_json(path) if path.exists() else {}
+        shown = {name: stage["key"] for name, stage in held.get("stages", {}).items()}
+        ours = {name: stage.key for name, stage in self.run.stages.items()}
+        if not whole:
+            return ours.items() <= shown.items()
+        return (ours == shown and all((self.run.path / name).exists() for name in held.get("files", []))
+                and all(is_placed(source, self.run.path / name) for name, source in self._placed().items()))
+
+    def _publish(self) -> None:
         top = self.run.path
-        for stage in ("embed", "neighbors"):
-            if stage in self.run.stages:
-                _place(self._folder(stage) / "train.npy", top / f"{'embeddings' if stage == 'embed' else stage}.npy")
-        if "cluster" in self.run.stages:
-            for name in ("model.safetensors", "model.json"):
-                _place(self._folder(self._last) / name, top / name)
-            for split, shown in (("train", "assignments"), ("held_out", "assignments-held-out")):
-                if (self._folder(self._last) / f"{split}.npy").exists():
-                    for kind in ("csv", "parquet"):
-                        write_assignments(top / f"{shown}.{kind}", [self.assignment(self._last, split)])
-        if "evaluate" in self.run.stages:
-            _place(self._folder("evaluate") / "scores.json", top / "scores.json")
-        if "report" in self.run.stages:
-            for made in self._folder("report").iterdir():
-                if made.suffix in (".html", ".png"):
-                    _place(made, top / made.name)
+        path, placed, tables = top / "run.json", self._placed(), self._tables()
+        files = [*placed, *tables, "metrics.jsonl"]
+        earlier = read_json(path).get("files", []) if path.exists() else []
+        for name in {Path(str(file)).name for file in earlier} - set(files):
+            (top / name).unlink(missing_ok=True)  # of other options: its stage still has it
+        for name, source in placed.items():
+            place(source, top / name)
+        for name, split in tables.items():
+            write_assignments(top / name, [self.assignment(self._last, split)])
         save_records(top / "metrics.jsonl", self._curves())
-        write_json(top / "run.json", self._facts() | {"notices": self.notices})
-        return True
+        write_json(path, self._facts() | {"notices": self.notices, "files": files})
 
 
 def recorded_pipeline(run: Path) -> Pipeline:
@@ -400,29 +434,37 @@ def recorded_pipeline(run: Path) -> Pipeline:
     return _recorded(run)[0]
 
 
+def recorded_labels(run: Path) -> str | None:
+    """Return where a run folder's true labels are from, as they were last given; None for none."""
+    return _recorded(run)[1]
+
+
 def reopen(run: Path, *, data_dir: Path | None = None, labels: str | None = None) -> Runner:
     """Return the runner of an existing run folder; ``labels`` None keeps what the run used."""
     pipeline, recorded = _recorded(run)
-    wanted = recorded if labels is None else None if labels == "none" else labels
-    return Runner(pipeline, run, data_dir=data_dir, labels=wanted)
+    told = read_json(run / "run.json") if (run / "run.json").exists() else {}
+    return Runner(pipeline, run, data_dir=data_dir, labels=recorded if labels is None else labels,
+                  command=told.get("command", []))
 
 
 def _recorded(run: Path) -> tuple[Pipeline, str | None]:
-    if not (run / "options.json").exists():
+    if not (run / OPTIONS).exists():
         raise InputError(f"{run} is not a run folder", "give the folder of a run, such as runs/scan-digits")
-    held = read_json(run / "options.json")
+    held = read_json(run / OPTIONS)
     try:
         return from_options(held["options"]), held["labels"]
     except (KeyError, TypeError) as error:
-        raise InputError(f"{run / 'options.json'} is not of this version of phyla ({error})",
+        raise InputError(f"{run / OPTIONS} is not of this version of phyla ({error})",
                          "give the recipe again") from error
 
 
-def _place(source: Path, target: Path) -> None:
-    """Show a stage's file at the top of the run folder: a hard link where the file system has them, else a copy."""
-    with atomic(target) as temporary:
-        temporary.unlink(missing_ok=True)
-        try:
-            os.link(source, temporary)
-        except OSError:
-            shutil.copyfile(source, temporary)
+def _from_anywhere(pipeline: Pipeline) -> Pipeline:
+    """Return the pipeline with a path as its source made absolute: the run is opened from other folders, too."""
+    source = pipeline.data.source
+    if not source or data_set_name(source) is not None:
+        return pipeline
+    return replace(pipeline, data=replace(pipeline.data, source=_absolute(source) or source))
+
+
+def _absolute(path: str | None) -> str | None:
+    return None if path in (None, "none") else str(Path(path).expanduser().absolute())

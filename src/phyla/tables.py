@@ -1,9 +1,8 @@
 """Assignments as tables: one row an image, CSV or Parquet, written as a stream so that any number of images fits."""
 
-import csv
 import io
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TextIO
 
@@ -34,11 +33,10 @@ def write_assignments(path: Path | str, chunks: Iterable[Assignment]) -> int:
 
 def stream_csv(out: TextIO, chunks: Iterable[Assignment], *, delimiter: str = ",") -> int:
     """Write a header and one row an image to an open text file; return the number of rows."""
-    writer = csv.writer(out, delimiter=delimiter, lineterminator="\n")
-    writer.writerow(COLUMNS)
+    out.write(delimiter.join(COLUMNS) + "\n")
     n_rows = 0
     for chunk in chunks:
-        writer.writerows(_rows(chunk))
+        out.writelines(delimiter.join([_quoted(name, delimiter), *numbers]) + "\n" for name, numbers in _rows(chunk))
         n_rows += len(chunk)
     return n_rows
 
@@ -52,6 +50,7 @@ def csv_text(chunk: Assignment) -> str:
 
 def stdout_csv(chunks: Iterable[Assignment]) -> int:
     """Write CSV to standard output as UTF-8, whatever the terminal's encoding."""
+    sys.stdout.flush()
     out = io.TextIOWrapper(sys.stdout.buffer, encoding="utf-8", newline="", write_through=True)
     try:
         return stream_csv(out, chunks)
@@ -59,13 +58,20 @@ def stdout_csv(chunks: Iterable[Assignment]) -> int:
         out.detach()
 
 
-def _rows(chunk: Assignment) -> Iterable[list[object]]:
+def _rows(chunk: Assignment) -> Iterator[tuple[str, list[str]]]:
     clusters, probabilities = chunk.top(N_TOP)
     for name, found, sure in zip(chunk.ids, clusters, probabilities, strict=True):
-        row: list[object] = [name]
+        numbers = []
         for rank in range(N_TOP):
-            row += [int(found[rank]), f"{sure[rank]:.6f}"] if rank < len(found) else ["", ""]
-        yield row
+            numbers += [str(found[rank]), f"{sure[rank]:.6f}"] if rank < len(found) else ["", ""]
+        yield name, numbers
+
+
+def _quoted(name: str, delimiter: str) -> str:
+    # The csv module leaves a carriage return bare where lines end in a newline alone, and its reader then splits there.
+    if any(mark in name for mark in (delimiter, '"', "\n", "\r")):
+        return '"' + name.replace('"', '""') + '"'
+    return name
 
 
 def _parquet(path: Path, chunks: Iterable[Assignment]) -> int:

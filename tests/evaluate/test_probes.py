@@ -116,7 +116,7 @@ def test_half_a_second_split_is_refused():
 def test_linear_accuracy_separates_blobs_and_not_noise():
     rows, labels = blobs()
     assert linear_accuracy(rows, labels) == 1
-    assert linear_accuracy(rows * 1e4 + 5, labels) == 1  # standardised: scale and offset do not matter
+    assert linear_accuracy(rows * 1e-4 + 5, labels) == 1  # standardised: scale and offset do not matter
     shuffled = np.random.default_rng(0).permutation(labels)
     assert linear_accuracy(rows, shuffled) < 0.7
 

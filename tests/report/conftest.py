@@ -47,7 +47,7 @@ def make_run() -> Callable[..., ReportInput]:
         values = {
             "title": "A test", "images": ImageSet(pixels, ids, "made"), "assignment": Assignment(probabilities, ids),
             "embeddings": embeddings, "neighbors": _same_cluster(labels) if made.with_neighbors else None,
-            "curves": [{"stage": "pretrain", "epoch": e, "loss": 1 + 1 / e} for e in range(1, 9)] if made.with_curves else [],
+            "curves": [{"stage": "pretrain", "epoch": e, "loss": 1 + 1 / e} for e in range(1, 9 * made.with_curves)],
             "scores": [Scores("k-means on pixels", "train", made.n_images, {"nmi": 0.4}),
                        Scores("SCAN", "train", made.n_images, {"nmi": 0.5})],
             "truth": (labels, [f"kind {c}" for c in range(made.n_clusters)]) if made.with_truth else None,

@@ -31,7 +31,8 @@ def test_seventy_clusters_look_different():
     assert set(OUTLINES) == set(SHAPES)
 
 
-@pytest.mark.parametrize("values", [(1.0,), (2.0, 2.0, 2.0), (0.0, 0.0), (3.0, 1.0, 2.0), (-9.2, -10.5), (1e-9, 2e-9), (1e9, -1e9)])
+@pytest.mark.parametrize("values", [(1.0,), (2.0, 2.0, 2.0), (0.0, 0.0), (3.0, 1.0, 2.0), (-9.2, -10.5), (1e-9, 2e-9),
+                                    (1e9, -1e9)])
 def test_curves_stay_in_their_panel(values):
     panel = curve_panel(Curve("s", "q", tuple(float(i + 1) for i in range(len(values))), values))
     places = np.array([[float(x) for x in pair.split(",")] for pair in panel.line.split()])

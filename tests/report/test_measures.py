@@ -22,7 +22,8 @@ def test_confusion_by_hand():
     assert found.one_to_one
     assert (found.class_of(0), found.class_of(1)) == ("dog", "cat")
     assert found.mixture(0) == [("dog", 0.75), ("cat", 0.25)]
-    assert found.table() == [{"class": "cat", "Cluster 1": 2, "Cluster 0": 1}, {"class": "dog", "Cluster 1": 0, "Cluster 0": 3}]
+    assert found.table() == [{"class": "cat", "Cluster 1": 2, "Cluster 0": 1},
+                             {"class": "dog", "Cluster 1": 0, "Cluster 0": 3}]
     assert found.by_class()[0] == {"class": "cat", "images": 3, "cluster": "Cluster 1", "recall": pytest.approx(2 / 3),
                                    "precision": 1.0, "most often taken for": "dog", "times": 1}
     assert found.by_class()[1]["precision"] == 0.75

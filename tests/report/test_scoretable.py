@@ -2,16 +2,18 @@ from phyla.report.scoretable import result_row, score_tables
 from phyla.types import Scores
 
 TABLE = [Scores("k-means on pixels", "train", 10, {"ari": 0.3, "nmi": 0.4, "neighbor_score": 2.0, "n_clusters": 3.0}),
-         Scores("SCAN", "train", 10, {"ari": 0.2, "nmi": 0.5, "neighbor_score": -1.0, "n_clusters": 3.0, "new_score": 1.0}),
-         Scores("embeddings (probes)", "train", 10, {"knn_accuracy": 0.9}),
-         Scores("k-means on pixels", "test", 4, {"ari": 0.9, "nmi": 0.9}), Scores("SCAN", "test", 4, {"ari": 0.1, "nmi": 0.1})]
+         Scores("SCAN", "train", 10,
+                {"ari": 0.2, "nmi": 0.5, "neighbor_score": -1.0, "n_clusters": 3.0, "new_score": 1.0}),
+         Scores("embeddings (probes)", "train", 10, {"knn_accuracy_20": 0.9}),
+         Scores("k-means on pixels", "test", 4, {"ari": 0.9, "nmi": 0.9}),
+         Scores("SCAN", "test", 4, {"ari": 0.1, "nmi": 0.1})]
 
 
 def test_tables_are_split_by_what_they_need():
     labelled, free, probes = score_tables(TABLE)
     assert labelled.columns == ("nmi", "ari")
     assert free.columns == ("neighbor_score", "n_clusters", "new_score")
-    assert probes.columns == ("knn_accuracy",)
+    assert probes.columns == ("knn_accuracy_20",)
     assert [row.method for row in probes.rows] == ["embeddings (probes)"]
     assert len(labelled.rows) == 4
     assert labelled.splits == ("train", "test")

@@ -63,7 +63,8 @@ def test_no_image_is_shown_twice_and_none_of_another_cluster(n_images):
 
 def test_summary_orders_images_and_adds_up():
     probabilities = [[1 - i / 100, i / 100] for i in range(40)]
-    (cluster, empty) = summarize_clusters(assignment_of(probabilities), np.arange(40.0)[:, None], names=["a", "b"], n_shown=3)
+    (cluster, empty) = summarize_clusters(assignment_of(probabilities), np.arange(40.0)[:, None], names=["a", "b"],
+                                          n_shown=3)
     assert cluster.prototype == 4  # of rows 0 to 9, nearest to 4.5; the earlier of two
     assert cluster.surest == (0, 1, 2)
     assert cluster.doubtful == (39, 38, 37)

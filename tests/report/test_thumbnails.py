@@ -11,7 +11,8 @@ from phyla.types import ImageSet
 
 
 def images(n, *size, seed=0):
-    return ImageSet(np.random.default_rng(seed).integers(0, 256, (n, *size, 3), dtype=np.uint8), [str(i) for i in range(n)])
+    pixels = np.random.default_rng(seed).integers(0, 256, (n, *size, 3), dtype=np.uint8)
+    return ImageSet(pixels, [str(i) for i in range(n)])
 
 
 def opened(uri):
@@ -50,7 +51,8 @@ def test_no_image_gives_no_thumbnail():
 
 def test_pixels_may_be_a_tensor():
     source = images(3, 8, 8)
-    assert make_thumbnails(ImageSet(torch.from_numpy(source.array), source.ids), [1]).uris == make_thumbnails(source, [1]).uris
+    tensor = ImageSet(torch.from_numpy(source.array), source.ids)
+    assert make_thumbnails(tensor, [1]).uris == make_thumbnails(source, [1]).uris
 
 
 def test_sheet_places_tiles_in_reading_order():

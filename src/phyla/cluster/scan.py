@@ -228,7 +228,8 @@ class SCAN(ClusterMixin, BaseEstimator):
 
     def _faults(self, images: ImageSet | Embeddings | np.ndarray, encoder: nn.Module | None,
                 watched: Watched | None) -> Iterator[InputError]:
-        for name, least in (("n_clusters", 1), ("n_heads", 1), ("n_selection_neighbors", 1), ("cached_views", 0)):
+        for name, least in (("n_clusters", 1), ("n_heads", 1), ("n_selection_neighbors", 1), ("cached_views", 0),
+                            ("batch_size", 2)):
             if getattr(self, name) < least:
                 yield InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
         for field in fields(self):
@@ -265,8 +266,8 @@ class SCAN(ClusterMixin, BaseEstimator):
         if n_used < self.n_clusters:
             log.info("cluster: %d of %d clusters hold an image", n_used, self.n_clusters)
         if n_used == 1 < self.n_clusters:
-            warnings.warn(f"SCAN put all {len(self.labels_)} images into one of {self.n_clusters} clusters. hint: raise "
-                          "entropy_weight, train longer, or look at the embeddings", CollapseWarning, stacklevel=3)
+            warnings.warn(f"SCAN put all {len(self.labels_)} images into one of {self.n_clusters} clusters. hint: "
+                          "raise entropy_weight, train longer, or look at the embeddings", CollapseWarning, stacklevel=3)
 
     def _open(self, images: ImageSet | Embeddings | np.ndarray, neighbors: Neighbors, encoder: nn.Module | None,
               watched: Watched | None, device: Device) -> "_FromImages | _FromEmbeddings":

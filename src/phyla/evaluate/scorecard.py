@@ -4,8 +4,9 @@ With true labels each row has the field's metrics; without them, what can be kno
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -39,18 +40,16 @@ def fill_scorecard(splits: Sequence[Split], *, n_clusters: int, kmeans_restarts:
     ----------
     n_clusters : of k-means
     kmeans_restarts : tries of k-means, of which its own objective chooses
-    kmeans_max_images : k-means is fitted on at most this many images, spread evenly
+    kmeans_max_images : k-means is fitted on at most this many images, spread evenly; on fewer if they are large
     knn_neighbors : of the kNN probe of the embeddings, where labels exist
     """
-    spaces = {"k-means on pixels": lambda split: _pixels(split.images),
-              "k-means on embeddings": lambda split: split.embeddings.values}
     baselines: dict[str, list[Assignment]] = {}
-    for method, space in track(spaces.items(), "baselines", unit="method"):
-        first = space(splits[0])
-        rows = np.unique(np.linspace(0, len(first) - 1, min(len(first), kmeans_max_images)).astype(int))
+    for method, space in track(_SPACES.items(), "baselines", unit="method"):
         kmeans = KMeans(n_clusters=n_clusters, n_init=kmeans_restarts, random_state=random_state,
-                        normalize=method == "k-means on embeddings").fit(first[rows])
-        baselines[method] = [Assignment(kmeans.predict_proba(space(split)), split.images.ids) for split in splits]
+                        normalize=space is _embeddings)
+        first = splits[0]
+        kmeans.fit(space(first, _spread(first, space, at_most=kmeans_max_images, at_least=n_clusters)))
+        baselines[method] = [_predicted(kmeans, space, split) for split in splits]
     table = []
     for position, split in enumerate(splits):
         named = {method: found[position] for method, found in baselines.items()} | dict(split.assignments)
@@ -60,25 +59,50 @@ def fill_scorecard(splits: Sequence[Split], *, n_clusters: int, kmeans_restarts:
     return table
 
 
-def _pixels(images: ImageSet) -> np.ndarray:
-    return images.array.reshape(len(images), -1).astype(np.float32) / 255
+def _pixels(split: Split, rows: np.ndarray) -> np.ndarray:
+    return split.images.array[rows].reshape(len(rows), -1).astype(np.float32) / 255
+
+
+def _embeddings(split: Split, rows: np.ndarray) -> np.ndarray:
+    return split.embeddings.values[rows]
+
+
+_Space = Callable[[Split, np.ndarray], np.ndarray]
+_SPACES: Mapping[str, _Space] = {"k-means on pixels": _pixels, "k-means on embeddings": _embeddings}
+_VALUES = 1 << 28  # numbers of one space held at once, a GiB: all pixels of many photographs fit in no memory
+
+
+def _rows_at_once(split: Split, space: _Space) -> int:
+    return max(1, _VALUES // space(split, np.arange(1)).shape[1])
+
+
+def _spread(split: Split, space: _Space, *, at_most: int, at_least: int) -> np.ndarray:
+    n_images = len(split.images)
+    n_rows = min(n_images, max(at_least, min(at_most, _rows_at_once(split, space))))
+    return np.unique(np.linspace(0, n_images - 1, n_rows).astype(int))
+
+
+def _predicted(kmeans: KMeans, space: _Space, split: Split) -> Assignment:
+    step = _rows_at_once(split, space)
+    blocks = [np.arange(start, min(start + step, len(split.images))) for start in range(0, len(split.images), step)]
+    return Assignment(np.concatenate([kmeans.predict_proba(space(split, rows)) for rows in blocks]), split.images.ids)
 
 
 def _row(method: str, assignment: Assignment, split: Split) -> Scores:
     values = score_without_labels(assignment, split.neighbors)
-    if split.true is not None:
+    if split.true is not None and (split.true >= 0).any():
         values |= score_assignment(assignment, split.true, method=method, split=split.name).values
     return Scores(method, split.name, len(assignment), values)
 
 
 def _probes(bank: Split, bank_true: np.ndarray, split: Split, true: np.ndarray, n_neighbors: int) -> Scores:
     queries, queries_true = (None, None) if bank is split else (split.embeddings, true)
-    probes = {
-        f"knn_accuracy_{n_neighbors}": lambda: knn_accuracy(bank.embeddings, bank_true, queries=queries,
-                                                            queries_true=queries_true, n_neighbors=n_neighbors),
-        "linear_accuracy": lambda: linear_accuracy(bank.embeddings, bank_true, test_embeddings=queries,
-                                                   test_true=queries_true),
-        "neighbor_purity": lambda: neighbor_purity(split.neighbors, true),
+    probes: dict[str, Callable[[], float]] = {
+        f"knn_accuracy_{n_neighbors}": partial(knn_accuracy, bank.embeddings, bank_true, queries=queries,
+                                               queries_true=queries_true, n_neighbors=n_neighbors),
+        "linear_accuracy": partial(linear_accuracy, bank.embeddings, bank_true, test_embeddings=queries,
+                                   test_true=queries_true),
+        "neighbor_purity": partial(neighbor_purity, split.neighbors, true),
     }
     values = {}
     for name, probe in probes.items():

@@ -10,8 +10,8 @@ used them (no blur), and ``ruc_*`` those of RUC (Park et al. 2021, authors' code
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from dataclasses import dataclass, fields
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
@@ -159,8 +159,6 @@ class Views:
     level: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("mean", "std", "crop_scale", "crop_ratio", "operations"):  # JSON has lists where we have tuples
-            object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.kind not in get_args(Kind):
             raise InputError(f"no views of kind {self.kind!r}", nearest(str(self.kind), list(get_args(Kind))))
         for name in self.operations:
@@ -303,3 +301,19 @@ class Views:
             images = fill_box(images, drawn.hole, value=127.0)
         images = normalize(images, mean=self.mean, std=self.std)
         return fill_box(images, drawn.hole, value=0.0) if self.kind == "strong" else images
+
+
+def views_from(held: Mapping[str, Any]) -> Views:
+    """Return the recipe whose fields a JSON object holds, as ``dataclasses.asdict`` wrote it.
+
+    Raises
+    ------
+    InputError
+        A name is unknown, or a value not allowed.
+    """
+    known = [field.name for field in fields(Views)]
+    for name in held:
+        if name not in known:
+            raise InputError(f"views have no option {name!r}", nearest(name, known))
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in held.items()}
+    return Views(**values)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ RESIDENT_BYTES = 4 << 30
 CPU = torch.device("cpu")
 
 
+@runtime_checkable
 class Pixels(Protocol):
     """Where the pixels of an image set lie while a stage works on them."""
 

@@ -89,7 +89,7 @@ def _taps(
 def _weighted_lines(
     lines: Int[Tensor, "batch length values"], index: Int[Tensor, "batch size taps"],
     weights: Int[Tensor, "batch size taps"],
-) -> Int[Tensor, "batch_size values"]:
+) -> Int[Tensor, "lines_out values"]:
     """Return sums of weighted lines of each image, rounded to 8-bit values."""
     batch, length, values = lines.shape
     flat = lines.view(batch * length, values)

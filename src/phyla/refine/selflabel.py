@@ -194,13 +194,15 @@ class SelfLabel(ClusterMixin, BaseEstimator):
         for name in ("threshold", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 yield InputError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
-        for name in ("patience", "n_selection_neighbors"):
-            if getattr(self, name) < 1:
-                yield InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, least in (("patience", 1), ("n_selection_neighbors", 1), ("batch_size", 2)):
+            if getattr(self, name) < least:
+                yield InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
         for field in fields(self):
             value, allowed = getattr(self, field.name), get_args(field.type)
             if get_origin(field.type) is Literal and value not in allowed:
                 yield InputError(f"{field.name}={value!r} is not allowed", nearest(str(value), list(allowed)))
+        if len(images) < 2:
+            yield InputError(f"self-labelling needs at least 2 images, got {len(images)}", "add images")
         if net.heads.n_heads != 1:
             yield InputError(f"self-labelling refines one head, got {net.heads.n_heads}", "pass net.only(head)")
         if isinstance(net.encoder, nn.Identity):

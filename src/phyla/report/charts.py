@@ -100,7 +100,7 @@ def curve_panel(curve: Curve) -> Panel:
     span = epochs[-1] - epochs[0]
     across = 100 * (epochs - epochs[0]) / span if span else np.full(len(epochs), 50.0)
     line = " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(across, heights, strict=True))
-    marks = tuple((round(float(100 * (1 - (tick - low) / (high - low))), 1), f"{tick:.6g}")
+    marks = tuple((round(float(100 * (1 - (tick - low) / (high - low))), 1), f"{tick:.{3 if flat else 6}g}")
                   for tick in (values[:1] if flat else ticks))
     end = round(float(across[-1]), 1), round(float(heights[-1]), 1)
     return Panel(thin, line, marks, end, number(curve.values[-1]))

@@ -199,8 +199,12 @@ def check_duplicates(neighbors: Neighbors | None) -> Finding:
     limit = f"similarity {DUPLICATE_SIMILARITY} or more"
     if not n_images:
         return Finding(code, "No near-duplicates", "passed", f"No two images look the same to the encoder ({limit}).")
-    return Finding(code, "Near-duplicates", "warning" if n_images > 0.2 * len(neighbors) else "note",
-                   f"{n_images:,} of {len(neighbors):,} images look the same as another one to the encoder ({limit}).",
+    message = f"{n_images:,} of {len(neighbors):,} images look the same as another one to the encoder ({limit})."
+    if n_images > 0.5 * len(neighbors):
+        return Finding(code, "The encoder hardly tells images apart", "warning", message,
+                       "Unless your files are copies of one another, pretraining was too short or has collapsed: look "
+                       "at its loss, and train longer.")
+    return Finding(code, "Near-duplicates", "warning" if n_images > 0.2 * len(neighbors) else "note", message,
                    "Copies make clusters look purer than they are, and flatter the scores when they lie on both sides "
                    "of a train and test split. Remove true copies; if the pairs differ to your eye, the encoder is too "
                    "coarse.")

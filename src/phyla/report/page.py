@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 import phyla
 from phyla.errors import InputError
@@ -104,7 +104,7 @@ def build_report(data: ReportInput, folder: Path) -> Path:
         context = _images(data, parts)
         shown.advance(note="page")
         page = folder / "report.html"
-        write_text(page, _render(context | _numbers(data, parts) | {"files": written}))
+        write_text(page, _template().render(context | _numbers(data, parts) | {"files": written}))
         shown.advance()
     return page
 
@@ -121,8 +121,6 @@ def _check(data: ReportInput) -> None:
             raise InputError(f"a report of {n_images} images needs {name} of as many, got {length}")
     if list(data.images.ids) != list(data.assignment.ids):
         raise InputError("images and assignment name different images, or in another order")
-    if not np.isfinite(data.assignment.confidence).all():
-        raise InputError("probabilities must be finite, and some are not")
     check_embeddings(data.embeddings)
 
 
@@ -230,13 +228,16 @@ def _thinned(rows: Sequence[Mapping[str, object]]) -> list[Mapping[str, object]]
     return [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, _MOST_EPOCHS).round().astype(int))]
 
 
-def _render(context: Mapping[str, object]) -> str:
+@cache
+def _template() -> Template:
     environment = Environment(loader=PackageLoader("phyla.report", "."), autoescape=True, trim_blocks=True,
                               lstrip_blocks=True, undefined=StrictUndefined)
     environment.filters |= {"percent": wording.percent, "number": wording.number, "duration": wording.duration,
-                            "shorten": wording.shorten, "last_part": wording.last_part, "metric": wording.metric_title}
+                            "shorten": wording.shorten, "last_part": wording.last_part, "metric": wording.metric_title,
+                            "meaning": wording.metric_meaning}
+    environment.tests["described"] = lambda name: bool(wording.metric_meaning(name))
     environment.globals |= {
-        "metrics": wording.METRICS, "lower_is_better": wording.LOWER_IS_BETTER, "palette": figures.PALETTE,
+        "lower_is_better": wording.LOWER_IS_BETTER, "palette": figures.PALETTE,
         "dark_palette": charts.DARK_PALETTE, "outlines": charts.OUTLINES, "map_width": charts.MAP_WIDTH,
         "map_height": charts.MAP_HEIGHT, "open_cards": OPEN_CARDS, "most_cells": MOST_CELLS, "most_lines": MOST_LINES}
-    return environment.get_template("page.html.j2").render(context)
+    return environment.get_template("page.html.j2")

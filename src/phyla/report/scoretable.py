@@ -13,7 +13,7 @@ COMPARED: Mapping[str, bool] = {"hungarian_accuracy": True, "nmi": True, "neighb
 
 _WITH_LABELS = ("hungarian_accuracy", "nmi", "ari", "many_to_one_accuracy", "ami", "top5_accuracy",
                 "expected_calibration_error")
-_PROBES = ("neighbor_purity", "knn_accuracy", "linear_accuracy")
+_PROBES = ("neighbor_purity", "knn_accuracy", "linear_accuracy")  # a name may go on: knn_accuracy_20
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def score_tables(scores: Sequence[Scores], result: str | None = None) -> list[Sc
     present = list(dict.fromkeys(name for row in scores for name in row.values))
     labelled = [name for name in _WITH_LABELS if name in present]
     labelled += [name for name in present if name.startswith("top") and name not in labelled]
-    probes = [name for name in _PROBES if name in present]
+    probes = [name for kind in _PROBES for name in present if name.startswith(kind)]
     rest = [name for name in present if name not in labelled and name not in probes]
     rest.sort(key=lambda name: list(METRICS).index(name) if name in METRICS else len(METRICS))
     groups = {"By the true labels": labelled, "Without labels": rest, "What the embeddings allow": probes}

@@ -13,7 +13,8 @@ METRICS: dict[str, tuple[str, str]] = {
     "nmi": ("NMI", "How much the clusters tell about the true classes: 0 nothing, 1 everything (arithmetic mean)."),
     "ari": ("ARI", "How often pairs of images are together, or apart, in both: 0 by chance, 1 always."),
     "ami": ("AMI", "NMI corrected for chance: 0 by chance, 1 everything."),
-    "top5_accuracy": ("Top-5 accuracy", "Share of images with the right cluster among their five most probable."),
+    "top5_accuracy": ("Top-5 accuracy", "Share of images with the right cluster among their five (or so many) most "
+                      "probable."),
     "neighbor_agreement": ("Neighbor agreement", "Share of look-alikes that are in the same cluster; all images in one "
                            "cluster would give 1."),
     "neighbor_score": ("Neighbor score", "How far look-alikes disagree, less how evenly images spread over the "
@@ -137,8 +138,17 @@ def metric_title(name: str) -> str:
     """Return how a score is called on the page."""
     if name in METRICS:
         return METRICS[name][0]
-    top = re.fullmatch(r"top(\d+)_accuracy", name)
-    return f"Top-{top[1]} accuracy" if top else name.replace("_", " ").capitalize()
+    if top := re.fullmatch(r"top(\d+)_accuracy", name):
+        return f"Top-{top[1]} accuracy"
+    if knn := re.fullmatch(r"knn_accuracy_(\d+)", name):
+        return f"kNN accuracy ({knn[1]} neighbors)"
+    return name.replace("_", " ").capitalize()
+
+
+def metric_meaning(name: str) -> str:
+    """Return what a score says, in a sentence; empty for an unknown one."""
+    known = re.sub(r"^knn_accuracy_\d+$", "knn_accuracy", re.sub(r"^top\d+_accuracy$", "top5_accuracy", name))
+    return METRICS[known][1] if known in METRICS else ""
 
 
 def _plural(word: str, count: int) -> str:

@@ -21,7 +21,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Protocol, TypedDict, cast
+from typing import Protocol, TypedDict, cast, runtime_checkable
 
 import numpy as np
 import torch
@@ -44,6 +44,7 @@ CHECK_EVERY = 50
 Record = dict[str, str | int | float]
 
 
+@runtime_checkable
 class Stateful(Protocol):
     """A module or an optimizer."""
 
