@@ -95,3 +95,9 @@ def killed(monkeypatch: pytest.MonkeyPatch) -> Killer:
             yield
 
     return at
+
+
+@pytest.fixture(scope="session")
+def warm() -> None:
+    """Make the first optimizer of the process: torch loads its compiler then, which takes seconds."""
+    torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)

@@ -16,7 +16,7 @@ from torch import Tensor
 from phyla.embed import forward_all
 from phyla.errors import CorruptFileError, DataNotFoundError, InputError
 from phyla.images.arrays import from_array
-from phyla.images.augment import Views
+from phyla.images.augment import Views, views_from
 from phyla.images.decode import read_image, square, to_eight_bits
 from phyla.images.folders import stream_images
 from phyla.nets.heads import ClusterHeads, ClusterNet
@@ -98,7 +98,7 @@ class Classifier:
             heads = ClusterHeads(encoder.spec.n_features, held["n_clusters"])
             net = ClusterNet(encoder, heads)
             net.load_state_dict(load_file(folder / "model.safetensors"))
-            return cls(net, Views(**held["views"]), held["size"], held["names"], held["facts"])
+            return cls(net, views_from(held["views"]), held["size"], held["names"], held["facts"])
         except (SafetensorError, RuntimeError, LookupError, TypeError, ValueError, OSError) as error:
             told = (str(error).splitlines() or [type(error).__name__])[0][:120]
             raise CorruptFileError(f"the classifier in {folder} cannot be read ({told})",

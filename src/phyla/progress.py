@@ -3,7 +3,7 @@
 A long step opens a bar; the command line installs a display. Nothing here prints.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Protocol, TypeVar, runtime_checkable
@@ -64,7 +64,7 @@ def bar(description: str, *, total: int | None, unit: str = "it", done: int = 0)
 
 def track(items: Iterable[T], description: str, *, total: int | None = None, unit: str = "it") -> Iterator[T]:
     """Yield the items of ``items``, advancing a bar by one after each."""
-    if total is None and hasattr(items, "__len__"):
+    if total is None and isinstance(items, Sized):
         total = len(items)
     with bar(description, total=total, unit=unit) as shown:
         for item in items:
