@@ -1,5 +1,7 @@
 """What all tests share: checked annotations, one thread, and a few tiny, seeded inputs."""
 
+import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,8 +18,8 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from sklearn.datasets import load_digits  # noqa: E402
 
-from phyla.nets.resnet import EncoderSpec, ResNet  # noqa: E402
 from phyla.neighbors import find_neighbors  # noqa: E402
+from phyla.nets.resnet import EncoderSpec, ResNet  # noqa: E402
 from phyla.randomness import generator  # noqa: E402
 from phyla.types import ImageSet, Neighbors  # noqa: E402
 
@@ -61,9 +63,26 @@ def color_neighbors(colors: tuple[ImageSet, np.ndarray]) -> Neighbors:
     return find_neighbors(colors[0].array.mean(axis=(1, 2)).astype(np.float32), 6)
 
 
+@pytest.fixture(scope="session")
+def noise() -> ImageSet:
+    """Return 32 images of noise, 16 x 16.
+
+    For what must come out the same along two ways: no channel of a tiny network is nearly constant on them, where
+    BatchNorm would blow rounding up a hundredfold a step.
+    """
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 16, 16, 3), dtype=np.uint8)
+    return ImageSet(pixels, [f"noise/{row:02d}" for row in range(32)], "noise")
+
+
+@pytest.fixture(scope="session")
+def noise_neighbors(noise: ImageSet) -> Neighbors:
+    """Return the five nearest of each of the images of noise, by their pixels."""
+    return find_neighbors(noise.array.reshape(len(noise), -1).astype(np.float32), 5)
+
+
 @pytest.fixture
 def encoder() -> ResNet:
-    """Return the smallest encoder, (B, 3, 8, 8) to (B, 32), with fresh weights."""
+    """Return the smallest encoder, (B, 3, H, W) to (B, 32), with fresh weights."""
     return EncoderSpec(width=4).build(generator(0, "test"))
 
 
@@ -101,3 +120,22 @@ def killed(monkeypatch: pytest.MonkeyPatch) -> Killer:
 def warm() -> None:
     """Make the first optimizer of the process: torch loads its compiler then, which takes seconds."""
     torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+
+
+@pytest.fixture(scope="session")
+def recorded() -> Callable[[str, list[float]], None]:
+    """Return a check of the losses of a fit's first steps against those in ``golden/curves.json``.
+
+    A fit computes in float32, so the tolerance is 1e-4: rounding differs between machines and builds of torch. Where a
+    curve is meant to move, PHYLA_RECORD=1 writes the file anew.
+    """
+    path = Path(__file__).parent / "golden" / "curves.json"
+
+    def check(name: str, losses: list[float]) -> None:
+        curves = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if os.environ.get("PHYLA_RECORD") == "1":
+            curves[name] = [round(loss, 7) for loss in losses]
+            path.write_text(json.dumps(curves, indent=1, sort_keys=True) + "\n", encoding="utf-8", newline="\n")
+        assert losses == pytest.approx(curves[name], rel=1e-4)
+
+    return check

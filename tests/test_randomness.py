@@ -1,6 +1,7 @@
 """Streams are named by seed and purpose: the same everywhere, and never shared."""
 
 import numpy as np
+import pytest
 import torch
 
 from phyla.randomness import derive_seed, generator
@@ -19,11 +20,13 @@ def test_every_seed_purpose_and_step_has_its_own_stream() -> None:
     names = [(seed, purpose, step) for seed in (0, 1, 2, -1) for purpose in ("order", "views", "order0", "")
              for step in range(50)]
     names += [(0,), (1,), (0, "order"), (0, 0), (0, "0"), (0, 1), (10,), (0, "order", 0, 0), (2**63,), (2**70,)]
+    names += [(seed, "weights") for seed in range(1000)]
     seeds = {derive_seed(*name) for name in names}
     assert len(seeds) == len(names)
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_numbers_of_numpy_are_numbers() -> None:
     assert derive_seed(np.int64(3), "order", np.int32(5)) == derive_seed(3, "order", 5)
     assert derive_seed(3, np.str_("order")) == derive_seed(3, "order")

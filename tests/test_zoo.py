@@ -246,6 +246,7 @@ def test_our_networks_have_as_many_entries_as_the_published_files(
 # ---- the stem, which the file does not tell -----------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_a_three_pixel_stem_has_to_be_named(file: Path) -> None:
     write(file, backbone(made()) | mlp(32))
     with pytest.raises(InputError, match="say which it is: stem=cifar or stem=stl"):

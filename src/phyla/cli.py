@@ -180,7 +180,7 @@ def show(run: Annotated[Path, typer.Argument(metavar="RUN|RECIPE", help="a run f
     from phyla.recipes import recipe
 
     if run.exists():
-        raise InputError(f"{run} is not a run folder", "give the folder of a run, such as runs/scan-digits, or a recipe")
+        raise InputError(f"{run} is not a run folder", "give one, such as runs/scan-digits, or a recipe")
     pipeline = recipe(str(run))
     print(_json(pipeline.options()) if as_json else recipe_text(str(run), pipeline))
 
@@ -349,23 +349,29 @@ def _guarded(command: Callable[..., object], ours: type[Exception]) -> int:
     try:
         code = command(standalone_mode=False)
     except ours as error:
-        _say(f"error: {_one_line(str(error))}")
-        return getattr(error, "exit_code", 1)
+        return _failed(str(error), getattr(error, "exit_code", 1))
     except (KeyboardInterrupt, typer.Abort):
-        _say("stopped; give the same command again to go on where it was")
-        return 130
-    except BrokenPipeError:  # the reader of our stdout has gone, as in `phyla predict ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 130
+    except (BrokenPipeError, SystemExit) as error:  # the command line library turns the first into the second
+        if not isinstance(error, BrokenPipeError) and not isinstance(error.__context__, BrokenPipeError):
+            raise
+        # The reader of our stdout has gone, as in `phyla predict ... | head`.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
+    except OSError as error:  # the system's own words name the file
+        return _failed(str(error), 1)
     except Exception as error:
         if hasattr(error, "format_message"):  # a mistake on the command line itself
-            _say(f"error: {_one_line(error.format_message())}")
-            return 2
-        if isinstance(error, OSError):  # the system's: it names the file
-            _say(f"error: {_one_line(str(error))}")
-            return 1
+            return _failed(error.format_message(), 2)
         raise
+    if code == 130:  # the library's code for an interrupt, when it has caught it first
+        _say("stopped; give the same command again to go on where it was")
     return code if isinstance(code, int) else 0
+
+
+def _failed(message: str, code: int) -> int:
+    _say(f"error: {_one_line(message)}")
+    return code
 
 
 if __name__ == "__main__":

@@ -72,6 +72,7 @@ def test_channels_settle_what_is_ambiguous():
     (np.full((1, 8, 8), np.inf), "got inf"), (np.array([["a"]]), "<U1"), (np.zeros((1, 8, 8), complex), "complex128"),
     (np.array([RGB[0], RGB[0][:5]], dtype=object), "different sizes"),
 ])
+@pytest.mark.usefixtures("unchecked")
 def test_what_cannot_be_images(array, said):
     with pytest.raises(InputError, match=said):
         from_array(array)

@@ -147,6 +147,7 @@ def test_small_sets_are_resident_and_large_ones_stream() -> None:
     assert isinstance(open_pixels(images, CPU, resident_bytes=7 * 4 * 5 * 3 - 1), Streaming)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_a_set_never_fills_more_than_half_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     images, gpu = image_set(pictures()), torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * 7 * 60 - 1, 1 << 40))

@@ -211,6 +211,7 @@ def test_a_spec_is_what_a_file_can_hold() -> None:
     ({"name": "resnet81"}, "encoder name='resnet81' is not known. hint: did you mean resnet18"),
     ({"stem": "imagnet"}, "did you mean imagenet"), ({"stem": "x"}, "allowed: cifar, imagenet, stl"),
     ({"width": 0}, "at least 1, got 0")])
+@pytest.mark.usefixtures("unchecked")
 def test_a_wrong_spec_is_refused(fields: dict[str, object], told: str) -> None:
     with pytest.raises(InputError, match=told):
         EncoderSpec(**fields)

@@ -3,7 +3,6 @@
 import math
 from pathlib import Path
 
-import naive
 import numpy as np
 import pytest
 import torch
@@ -11,6 +10,7 @@ from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from torch import Tensor
 
+import naive
 from phyla.errors import InputError, NonFiniteLossError
 from phyla.images.augment import Views
 from phyla.images.batches import Order
@@ -94,7 +94,7 @@ def test_loss_does_not_change_with_the_order_or_a_rotation_and_is_safe_in_float3
     extreme = torch.stack([first[:2], first[:2].flip(0)]).float().requires_grad_()
     hard = nt_xent(extreme[0], extreme[1], temperature=0.001)
     hard.backward()
-    assert math.isfinite(hard) and torch.isfinite(extreme.grad).all() and extreme.grad.abs().max() > 0
+    assert hard.isfinite() and torch.isfinite(extreme.grad).all() and extreme.grad.abs().max() > 0
 
 
 # ── the fit ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -115,20 +115,16 @@ def test_every_weight_receives_a_gradient_and_moves(digits, monkeypatch):
     assert {id(p) for p in trained} == gradients.keys() and all(gradients.values())
 
 
-GOLDEN_CURVE: list[float] = []
-
-
-def test_ten_steps_give_the_recorded_losses(digits, monkeypatch):
-    """The fit trains in float32, so the tolerance is 1e-4: rounding differs between builds of torch."""
+def test_ten_steps_give_the_recorded_losses(noise, monkeypatch, recorded):
     seen = []
     monkeypatch.setattr(simclr, "nt_xent", lambda *a, **k: seen.append(nt_xent(*a, **k)) or seen[-1])
-    tiny(n_epochs=4, lr=0.05).fit(digits)
-    assert [float(loss) for loss in seen[:10]] == pytest.approx(GOLDEN_CURVE, rel=1e-4)
+    tiny(views=Views("simclr", 16), n_epochs=5, lr=0.001).fit(noise)
+    recorded("simclr", [loss.item() for loss in seen])
 
 
 def test_first_step_is_the_equation_on_two_views_and_sgd_with_decay(digits):
     method = tiny(n_epochs=1, batch_size=48, weight_decay=0.1, momentum=0.0)
-    net = method._build().train()
+    net = torch.nn.Sequential(*method._build()).train()
     before = {name: value.clone() for name, value in net.named_parameters()}
     batch = torch.from_numpy(digits.array)[Order(48, 48, 0).epoch(0)]
     source = generator(0, "pretrain", 0)
@@ -160,7 +156,7 @@ def test_symmetric_takes_both_directions(digits, monkeypatch):
     (a, b), (c, d) = calls
     assert a is d and b is c
     both = 0.5 * (nt_xent(a, b, temperature=0.1) + nt_xent(b, a, temperature=0.1))
-    assert fitted.history_[0]["loss"] == pytest.approx(float(both))
+    assert fitted.history_[0]["loss"] == pytest.approx(both.item())
 
 
 def test_same_seed_same_weights_and_another_seed_others(digits):
@@ -169,12 +165,11 @@ def test_same_seed_same_weights_and_another_seed_others(digits):
     assert not equal(once, tiny(n_epochs=1, random_state=1).fit(digits))
 
 
-def test_training_leaves_global_randomness_alone(digits):
+def test_global_randomness_changes_nothing(digits):
     torch.manual_seed(5)
-    expected = torch.rand(3)
-    torch.manual_seed(5)
-    tiny(n_epochs=1).fit(digits)
-    assert torch.equal(torch.rand(3), expected)
+    once = tiny(n_epochs=1).fit(digits)
+    torch.manual_seed(6)
+    assert equal(once, tiny(n_epochs=1).fit(digits))
 
 
 @pytest.mark.parametrize("call", [2, 4, 6])
@@ -213,6 +208,7 @@ def test_two_views_of_an_image_come_nearer_than_two_images(colors):
 # ── the contract ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_scikit_learn_contract(digits):
     method = tiny(temperature=0.2)
     assert method.get_params() == clone(method).get_params() == SimCLR(**method.get_params()).get_params()

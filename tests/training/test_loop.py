@@ -264,6 +264,7 @@ def test_a_finished_loop_does_no_step_again(tmp_path: Path, whole: Training) -> 
     same(training, whole)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_numbers_of_numpy_survive_in_records_and_memory(tmp_path: Path) -> None:
     def loop(memory: dict[str, Any]) -> Loop:
         return Loop("x", Order(4, 2, 0), n_epochs=2, state={}, memory=memory, folder=tmp_path, seed=0,
@@ -498,6 +499,7 @@ class OnDevice:
         return self.value
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_on_an_accelerator_the_loss_is_looked_at_now_and_then() -> None:
     loop = Loop("cluster", Order(4, 2, 0), n_epochs=1, state={}, seed=0)
     losses = [OnDevice(float("nan") if step >= 20 else 1.0) for step in range(50)]
@@ -508,6 +510,7 @@ def test_on_an_accelerator_the_loss_is_looked_at_now_and_then() -> None:
         loop.watch(losses[-1], 49)  # type: ignore[arg-type]
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_a_checkpoint_is_not_written_over_by_a_run_gone_wrong(checkpoint: Path) -> None:
     before = checkpoint.read_bytes()
     loop = Training(checkpoint.parent).loop

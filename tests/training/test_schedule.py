@@ -22,6 +22,7 @@ def test_durations_become_steps(duration: str, wanted: int) -> None:
 
 @pytest.mark.parametrize("duration", ["", "20", "epochs", "-5 epochs", "5 minutes", "5 epochs %", "5 s", "5 s%", "5 %s",
                                       "1e3 steps", "5 5 steps", "5 EPOCHS!", "nan steps", "%", "1. epochs", 5, None])
+@pytest.mark.usefixtures("unchecked")
 def test_anything_else_is_refused_with_examples(duration: str) -> None:
     with pytest.raises(InputError, match=r"is not a number and a unit\. hint: for example '20 epochs'"):
         steps(duration)

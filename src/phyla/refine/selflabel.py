@@ -13,6 +13,7 @@ frozen BatchNorm statistics.
 
 import copy
 import logging
+import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
@@ -87,6 +88,8 @@ class SelfLabel(ClusterMixin, BaseEstimator):
     n_epochs, batch_size : published 200 and 1000
     patience : epochs without a confident image after which it stops
     keep : better: the network before or after, by the label-free score; last: after, as published
+    margin : share of log K by which the score after may be worse than before and is still kept: SCAN lowers that very
+        score and self-labelling does not, so a tie speaks for the later one; 0 where a cluster was emptied
     n_selection_neighbors : neighbors of that score
     random_state : seed of order and views
     """
@@ -105,6 +108,7 @@ class SelfLabel(ClusterMixin, BaseEstimator):
     batch_size: int = 1000
     patience: int = 3
     keep: Literal["better", "last"] = "better"
+    margin: float = 0.02
     n_selection_neighbors: int = 5
     random_state: int = 0
 
@@ -243,11 +247,13 @@ class SelfLabel(ClusterMixin, BaseEstimator):
             for name, net in nets.items():
                 judged = found[name] if shown is images else _probabilities(net, shown, self.views, device)
                 self.scores_[name] = neighbor_score(judged, rows)
-        worse = bool(self.scores_) and not self.scores_["after"] <= self.scores_["before"]
+        used = [len(np.unique(found[name].argmax(axis=1))) for name in nets]
+        allowed = self.margin * math.log(max(2, before.heads.n_clusters)) if used[1] >= used[0] else 0.0
+        worse = bool(self.scores_) and not self.scores_["after"] <= self.scores_["before"] + allowed
         self.kept_ = "before" if worse and self.keep == "better" else "after"
         self.net_, self.probabilities_ = nets[self.kept_].eval(), found[self.kept_]
         self.labels_ = self.probabilities_.argmax(axis=1)
-        self.notices_ = self._notices(*(len(np.unique(p.argmax(axis=1))) for p in found.values()))
+        self.notices_ = self._notices(*used)
 
     def _notices(self, used_before: int, used_after: int) -> list[str]:
         notices = []
