@@ -74,17 +74,20 @@ class ClusterHeads(nn.Module):
 
 
 class ClusterNet(nn.Module):
-    """An encoder with cluster heads: views (B, 3, H, W) to logits (n_heads, B, n_clusters)."""
+    """An encoder with cluster heads: views (B, 3, H, W) to logits (n_heads, B, n_clusters).
+
+    With ``nn.Identity`` as the encoder it takes embeddings (B, D).
+    """
 
     def __init__(self, encoder: nn.Module, heads: ClusterHeads) -> None:
         super().__init__()
         self.encoder, self.heads = encoder, heads
 
-    def forward(self, views: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "heads batch clusters"]:
+    def forward(self, views: Float[Tensor, "batch *view"]) -> Float[Tensor, "heads batch clusters"]:
         """Return the logits of every head."""
         return self.heads(self.encoder(views))
 
-    def probabilities(self, views: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch heads clusters"]:
+    def probabilities(self, views: Float[Tensor, "batch *view"]) -> Float[Tensor, "batch heads clusters"]:
         """Return the softmax of every head in float32 or better, images first."""
         return self.heads.probabilities(self.encoder(views))
 

@@ -1,0 +1,520 @@
+"""A run from images to report: what it leaves, what it does again and what not, and what survives a kill."""
+
+import csv
+import errno
+import json
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from commands import (
+    N_DIGITS,
+    N_PICTURES,
+    TINY_PICTURES,
+    call,
+    digits_run,
+    flags,
+    picture,
+    pictures,
+    pictures_run,
+    small,
+    stage_files,
+    top_files,
+)
+
+import phyla
+from phyla.errors import CorruptFileError, InputError, NonFiniteLossError, StorageError
+from phyla.pipeline import STAGES, Data
+from phyla.recipes import change, from_options
+from phyla.runner import Runner, recorded_labels, recorded_pipeline, reopen
+from phyla.tables import COLUMNS
+from phyla.training.device import choose_device
+
+pytestmark = pytest.mark.filterwarnings("default::phyla.errors.PhylaWarning")
+
+FIGURES = {"map.png", "prototypes.png", "confidence.png", "curves.png"}
+TOP = {"run.json", "options.json", "phyla-run.json", "metrics.jsonl", "embeddings.npy", "neighbors.npy",
+       "model.safetensors", "model.json", "assignments.csv", "assignments.parquet", "scores.json", "report.html"} | FIGURES
+MADE = STAGES[1:]
+
+
+@pytest.fixture
+def plain_report(monkeypatch):
+    """Write a page of a line in the place of the report, which has tests of its own."""
+    def write(data, folder):
+        (folder / "report.html").write_text(f"{data.title} {len(data.scores)} {data.truth is not None}")
+
+    monkeypatch.setattr("phyla.runner.build_report", write)
+
+
+@pytest.fixture
+def run(tmp_path, tmp_path_factory, plain_report):
+    return digits_run(tmp_path_factory, tmp_path)
+
+
+def redone(out: Path, pipeline=None, **how) -> list[str]:
+    """Carry out a pipeline in ``out`` and return the stages that were not kept."""
+    runner = Runner(pipeline or small(), out, **how)
+    result = runner.go()
+    fresh = [name for name, stage in runner.run.stages.items() if not stage.was_kept]
+    assert result.did_work == bool(fresh)
+    return fresh
+
+
+# ── what a run leaves ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_run_folder_holds_everything_and_nothing_else(run):
+    assert {path.name for path in run.iterdir()} == TOP | {"stages", "confusion_matrix.png"}
+    names = {path.name for path in run.glob("stages/*/*")}
+    assert not {name for name in names if name.endswith(".part")} | ({"checkpoint.pt"} & names)
+    assert sorted(path.name.rsplit("-", 1)[0] for path in run.glob("stages/*")) == sorted(MADE)
+    ids = [f"train/{round(row):05d}" for row in np.linspace(0, 1796, N_DIGITS)]
+    rows = list(csv.DictReader((run / "assignments.csv").open(newline="")))
+    assert [row["id"] for row in rows] == ids and list(rows[0]) == COLUMNS
+    assert np.load(run / "embeddings.npy").shape == (N_DIGITS, 32)
+    assert np.load(run / "neighbors.npy").shape == (N_DIGITS, 20)
+    curves = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [(record["stage"], record["epoch"]) for record in curves] == [
+        ("pretrain", 1), ("cluster", 1), ("cluster", 2), ("refine", 1)]
+
+
+def test_run_json_says_what_was_run_and_with_what(run):
+    facts = json.loads((run / "run.json").read_text())
+    assert from_options(facts["options"]).options() == small().options()
+    assert facts["command"][:3] == ["phyla", "run", "scan-digits"]
+    assert set(facts["stages"]) == set(MADE) and facts["n_images"] == {"train": N_DIGITS}
+    assert facts["versions"]["phyla"] == phyla.__version__ and facts["versions"]["torch"] == torch.__version__
+    assert facts["labels"] == "auto" and facts["notices"]
+    assert {run / name for name in facts["files"]} <= set(run.iterdir())
+
+
+def test_the_classifier_gives_what_the_table_says(run):
+    held = np.load(next(run.glob("stages/refine-*/train.npy")))
+    images = Runner(small(), run).train
+    found = phyla.load(run).predict_proba(images)
+    np.testing.assert_allclose(found, held, atol=1e-5)
+    rows = list(csv.DictReader((run / "assignments.csv").open(newline="")))
+    assert [int(row["cluster"]) for row in rows] == held.argmax(1).tolist()
+
+
+def test_pictures_without_labels_go_the_whole_way(tmp_path, tmp_path_factory):
+    run, photos = pictures_run(tmp_path_factory, tmp_path)
+    assert TOP <= {path.name for path in run.iterdir()} and not (run / "confusion_matrix.png").exists()
+    scores = json.loads((run / "scores.json").read_text())["scores"]
+    assert [row["method"] for row in scores] == ["k-means on pixels", "k-means on embeddings", "SCAN",
+                                                 "SCAN + self-label"]
+    assert all("mean_confidence" in row["values"] and "nmi" not in row["values"] for row in scores)
+    assert json.loads((run / "run.json").read_text())["options"]["data"]["source"] == str(photos)
+
+
+def test_folders_are_labels_where_they_are_asked_for(tmp_path, tmp_path_factory, plain_report):
+    run, _ = pictures_run(tmp_path_factory, tmp_path)
+    model = (run / "model.safetensors").read_bytes()
+    runner = reopen(run, labels="folders")
+    result = runner.go()
+    fresh = [name for name, stage in runner.run.stages.items() if not stage.was_kept]
+    assert fresh == ["evaluate", "report"] and (run / "model.safetensors").read_bytes() == model
+    assert {"hungarian_accuracy", "nmi", "ari"} <= set(result.scores[0].values)
+    assert recorded_labels(run) == "folders"
+    assert redone(run, recorded_pipeline(run), labels="folders") == []
+
+
+def mnist(root: Path, n_train: int, n_test: int) -> None:
+    """Write random pixels in the layout of MNIST."""
+    (root / "mnist").mkdir(parents=True)
+    for name, n in (("train", n_train), ("t10k", n_test)):
+        pixels = np.random.default_rng(n).integers(0, 256, (n, 28, 28), dtype=np.uint8)
+        (root / "mnist" / f"{name}-images-idx3-ubyte").write_bytes(struct.pack(">4I", 0x803, n, 28, 28) + pixels.tobytes())
+        (root / "mnist" / f"{name}-labels-idx1-ubyte").write_bytes(
+            struct.pack(">2I", 0x801, n) + (np.arange(n) % 10).astype(np.uint8).tobytes())
+
+
+def test_held_out_images_are_predicted_scored_and_judge_the_epochs(tmp_path, plain_report):
+    mnist(tmp_path / "data", 30, 20)
+    pipeline = small(data__source="mnist", data__size="8", data__held_out="test", data__limit="none")
+    result = Runner(pipeline, tmp_path / "run", data_dir=tmp_path / "data").go()
+    rows = list(csv.DictReader((tmp_path / "run" / "assignments-held-out.csv").open(newline="")))
+    assert [row["id"] for row in rows] == [f"test/{row:05d}" for row in range(20)]
+    assert [(row.split, row.n_images) for row in result.scores if row.method == "SCAN"] == [("train", 30), ("test", 20)]
+    neighbors = np.load(next((tmp_path / "run").glob("stages/neighbors-*/held_out.npy")))
+    assert neighbors.shape == (20, 5)
+    assert (tmp_path / "run" / "report.html").read_text().split()[-2:] == ["10", "True"]  # rows of both splits
+    without = change(pipeline, "data.held_out", "none")
+    Runner(without, tmp_path / "run", data_dir=tmp_path / "data").go("evaluate")
+    assert not list((tmp_path / "run").glob("assignments-held-out.*"))
+
+
+def test_the_encoder_may_learn_from_more_images_than_are_clustered(tmp_path):
+    mnist(tmp_path / "data", 30, 20)
+    pipeline = small(data__source="mnist", data__size="8", data__split="test", data__pretrain_split="train")
+    runner = Runner(pipeline, tmp_path / "run", data_dir=tmp_path / "data")
+    runner.go("embed")
+    assert runner.run.stages["pretrain"].facts["n_images"] == 30
+    assert np.load(tmp_path / "run" / "embeddings.npy").shape[0] == 20
+
+
+def test_the_python_call_is_a_run(tmp_path, plain_report):
+    result = phyla.run(small(), tmp_path / "run", device="cpu", labels=None)
+    assert result.n_images == N_DIGITS and result.path == tmp_path / "run"
+    assert phyla.load(result.path).n_clusters == 10
+    assert not phyla.run(small(), tmp_path / "run", device="cpu", labels="none").did_work
+
+
+# ── what is done again ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_second_run_does_nothing_and_says_so(run):
+    def state() -> dict[Path, tuple[int, int]]:
+        return {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in run.rglob("*")
+                if path.is_file() and path.name != "options.json"}
+
+    before = state()
+    said = call("run", "scan-digits", "--limit", N_DIGITS, *flags(), "--out", run)
+    assert said.code == 0 and "nothing to do" in said.err and state() == before
+    assert "SCAN + self-label" in said.out  # the scores are shown all the same
+
+
+def after(stage: str) -> list[str]:
+    return list(MADE[MADE.index(stage):])
+
+
+@pytest.mark.parametrize(("option", "value", "stages"), [
+    ("data.limit", "50", after("pretrain")),
+    ("pretrain.lr", "0.1", after("pretrain")),
+    ("embed.layer", "projection", after("embed")),
+    ("neighbors.n_neighbors", "7", after("neighbors")),
+    ("cluster.entropy_weight", "2", after("cluster")),
+    ("cluster.views.cutout", "1", after("cluster")),
+    ("refine.threshold", "0.5", after("refine")),
+    ("refine", "none", after("evaluate")),
+    ("evaluate.knn_neighbors", "5", after("evaluate")),
+])
+def test_a_changed_option_runs_only_what_depends_on_it(run, option, value, stages):
+    earlier = top_files(run)
+    assert redone(run, change(small(), option, value)) == stages
+    assert "run.json" in (changed := {name for name, data in top_files(run).items() if data != earlier.get(name)})
+    assert ("model.safetensors" in changed) == ("cluster" in stages or option == "refine")
+    assert redone(run) == []  # the earlier options: nothing is run, and the earlier result is shown again
+    assert {k: v for k, v in top_files(run).items() if k != "run.json"} == {
+        k: v for k, v in earlier.items() if k != "run.json"}
+    assert json.loads((run / "run.json").read_text())["options"] == small().options()
+
+
+def test_another_seed_is_another_run_of_every_stage(run):
+    said = call("cluster", run, "--seed", "1", "--quiet")
+    assert said.code == 0 and len(list(run.glob("stages/pretrain-*"))) == 2
+    assert recorded_pipeline(run).cluster.random_state == 1 == recorded_pipeline(run).pretrain.random_state
+
+
+def test_a_changed_folder_is_looked_at_anew(tmp_path, plain_report):
+    photos = pictures(tmp_path / "photos", 12)
+    pipeline = small("scan-folder", data__source=str(photos), data__limit="none", cluster__n_clusters="3",
+                     **TINY_PICTURES)
+
+    def embedded() -> list[str]:
+        runner = Runner(pipeline, tmp_path / "run")
+        runner.go("embed")
+        return [name for name, stage in runner.run.stages.items() if not stage.was_kept]
+
+    assert embedded() == ["pretrain", "embed"] and embedded() == []
+    picture(photos / "a" / "new.jpg", 50)
+    assert embedded() == ["pretrain", "embed"]
+    picture(photos / "a" / "00.jpg", 51)
+    assert embedded() == ["pretrain", "embed"]
+    (photos / "a" / "new.jpg").unlink()
+    picture(photos / "a" / "00.jpg", 0)
+    assert embedded() == []
+
+
+def test_what_is_missing_at_the_top_is_put_back(run, caplog):
+    before = top_files(run)
+    for name in TOP - {"phyla-run.json", "options.json"} | {"confusion_matrix.png"}:
+        (run / name).unlink()
+        assert redone(run) == []
+        now = top_files(run)
+        assert now.keys() == before.keys()
+        assert {key for key in now if now[key] != before[key]} <= {"run.json"}
+
+
+def test_damaged_weights_at_the_top_are_put_back(run):
+    before = (run / "model.safetensors").read_bytes()
+    (run / "model.safetensors").unlink()
+    (run / "model.safetensors").write_bytes(before[:100])
+    with pytest.raises(CorruptFileError, match="give the run's command again"):
+        phyla.load(run)
+    assert redone(run) == []
+    assert (run / "model.safetensors").read_bytes() == before and phyla.load(run).n_clusters == 10
+
+
+def test_what_a_person_edits_at_the_top_stays_out_of_the_stages(run):
+    told = json.loads((run / "model.json").read_text())
+    (run / "model.json").write_text(json.dumps(told | {"names": [f"digit {n}" for n in range(10)]}))
+    assert redone(run) == [] and phyla.load(run).names[3] == "digit 3"
+
+
+def test_a_part_of_the_chain_leaves_a_finished_run_as_it_is(run):
+    before = top_files(run)
+    for name in ("pretrain", "embed", "neighbors", "cluster", "refine", "evaluate"):
+        assert not Runner(small(), run).go(name).did_work
+    assert top_files(run) == before
+
+
+def test_a_part_of_the_chain_with_other_options_shows_nothing_of_the_earlier_ones(run):
+    before = top_files(run)
+    Runner(change(small(), "cluster.lr", 0.01), run).go("cluster")
+    assert set(top_files(run)) == TOP - FIGURES - {"scores.json", "report.html"}
+    assert list(json.loads((run / "run.json").read_text())["stages"]) == ["cluster", "embed", "neighbors", "pretrain"]
+    assert redone(run) == [] and top_files(run).keys() == before.keys()
+
+
+def test_without_labels_nothing_of_them_is_left_at_the_top(run):
+    assert redone(run, labels=None) == ["evaluate", "report"]
+    assert not (run / "confusion_matrix.png").exists()
+    assert redone(run) == [] and (run / "confusion_matrix.png").exists()
+
+
+def test_the_report_is_rebuilt_from_what_is_there(run):
+    for path in run.glob("stages/report-*/*.html"):
+        path.unlink()
+    result = reopen(run).rebuild_report()
+    assert result.did_work and (run / "report.html").read_text().endswith("True")
+    assert json.loads((run / "run.json").read_text())["command"][:3] == ["phyla", "run", "scan-digits"]
+    shutil.rmtree(next(run.glob("stages/refine-*")))
+    with pytest.raises(InputError, match=r"the refine stage .* is not done.*phyla run"):
+        reopen(run).rebuild_report()
+
+
+def test_a_run_is_gone_on_with_from_anywhere(tmp_path, monkeypatch, plain_report):
+    pictures(tmp_path / "photos", 6)
+    monkeypatch.chdir(tmp_path)
+    made = [*flags(cluster__n_clusters=2, **TINY_PICTURES), "--quiet"]
+    assert call("embed", "photos/", *made, "--out", "run").code == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert "nothing to do" in call("embed", tmp_path / "run").err
+    assert "nothing to do" in call("embed", "../photos", *made[:-1], "--out", "../run").err
+
+
+def test_a_folder_called_like_a_data_set_is_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pictures(tmp_path / "cifar10", 6)
+    assert call("embed", "cifar10", *flags(cluster__n_clusters=2, **TINY_PICTURES), "--out", "run").code == 0
+    assert np.load("run/embeddings.npy").shape[0] == 6
+
+
+# ── labels never steer ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_labels_change_the_scores_and_nothing_else(tmp_path):
+    photos = pictures(tmp_path / "photos", 12)
+    wrong = tmp_path / "wrong.csv"
+    wrong.write_text("path,label\n" + "".join(f"{'abc'[i % 3]}/{i:02d}.jpg,{i * 7 % 4}\n" for i in range(12)))
+    pipeline = small("scan-folder", data__source=str(photos), data__limit="none", cluster__n_clusters="3",
+                     **TINY_PICTURES)
+    made, nmi = [], []
+    for number, labels in enumerate((None, "folders", str(wrong))):
+        result = Runner(pipeline, tmp_path / str(number), labels=labels).go("evaluate")
+        made.append({name: data for name, data in stage_files(result.path).items() if "scores.json" not in name})
+        nmi.append(result.scores[0].values.get("nmi"))
+    assert any(name.endswith("model.safetensors") for name in made[0])
+    names = [{name for name in files if not name.startswith("stages/evaluate")} for files in made]
+    assert names[0] == names[1] == names[2]
+    assert all(made[0][name] == made[1][name] == made[2][name] for name in names[0])
+    assert nmi[0] is None and len(set(nmi)) == 3
+
+
+def test_a_table_of_labels_is_read_before_the_work(tmp_path):
+    (tmp_path / "labels.csv").write_text("path,label\nnothing,1\n")
+    with pytest.raises(InputError, match="names none of the 60 images"):
+        Runner(small(), tmp_path / "run", labels=str(tmp_path / "labels.csv")).go()
+    assert not list(tmp_path.glob("run/stages/pretrain-*"))
+
+
+# ── what survives ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+CHILD = """
+import os, signal, sys
+import phyla.training.loop as loop
+loop.CHECKPOINT_SECONDS = 0
+where, moment = sys.argv.pop(1), int(sys.argv.pop(1))
+seen = 0
+
+def die_at(name):
+    global seen
+    seen += name == where
+    if seen > moment:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def before(owner, name, say):
+    real = getattr(owner, name)
+    def changed(*args, **options):
+        die_at(say(*args))
+        return real(*args, **options)
+    setattr(owner, name, changed)
+
+before(loop.Loop, "watch", lambda run, *_: run.name)
+before(os, "fsync", lambda *_: "write")
+from phyla.cli import main
+main()
+"""
+
+
+def killed(where: str, moment: int, *command: object) -> None:
+    """Run a command in a process that kills itself at the given step of a stage, or write, with a checkpoint a step."""
+    done = subprocess.run([sys.executable, "-c", CHILD, where, str(moment), *map(str, command)], capture_output=True,
+                          text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
+def test_a_killed_run_goes_on_to_the_same_end(run, tmp_path):
+    command = ["run", "scan-digits", "--limit", N_DIGITS, *flags(), "--out", tmp_path / "killed"]
+    killed("cluster", 4, *command)
+    assert not (tmp_path / "killed" / "run.json").exists()
+    said = call(*command)
+    assert said.code == 0 and "cluster goes on at step 4 of 6" in said.err and "pretrain  unchanged, kept" in said.err
+    assert stage_files(tmp_path / "killed") == stage_files(run)
+    assert (tmp_path / "killed" / "metrics.jsonl").read_bytes() == (run / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
+@pytest.mark.parametrize("moments", [
+    [("pretrain", 0), ("pretrain", 1), ("cluster", 3), ("refine", 2)],
+    [("write", n) for n in (1, 4, 7, 12, 20)],
+    [("write", n) for n in (2, 2, 2, 2, 2, 2)],
+])
+def test_a_run_killed_again_and_again_goes_on_to_the_same_end(run, tmp_path, moments):
+    command = ["run", "scan-digits", "--limit", N_DIGITS, *flags(), "--out", tmp_path / "killed"]
+    for where, moment in moments:
+        killed(where, moment, *command)
+    assert call(*command).code == 0
+    assert stage_files(tmp_path / "killed") == stage_files(run)
+    assert not list((tmp_path / "killed").rglob(".*.part"))
+
+
+@pytest.mark.parametrize("stage", ["embed", "cluster", "refine"])
+def test_a_full_disk_costs_only_the_stage_that_met_it(run, tmp_path, monkeypatch, stage):
+    out, real = tmp_path / "full", os.fsync
+
+    def full(descriptor):
+        if list(out.glob(f"stages/{stage}-*")):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(StorageError, match=r"no space left while writing .*free some space"):
+            Runner(small(), out).go("evaluate")
+        done = {path.parent.name.rsplit("-", 1)[0] for path in out.glob("stages/*/done.json")}
+        assert done == set(MADE[: MADE.index(stage)]) and not list(out.rglob(".*.part"))
+    Runner(small(), out).go("evaluate")
+    assert stage_files(out) == stage_files(run)
+
+
+@pytest.mark.parametrize(("stage", "loss"), [("pretrain", "phyla.pretrain.simclr.nt_xent"),
+                                             ("cluster", "phyla.cluster.scan.scan_loss"),
+                                             ("refine", "phyla.refine.selflabel.self_label_loss")])
+def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(run, tmp_path, monkeypatch, stage, loss):
+    module, _, name = loss.rpartition(".")
+    real, calls = getattr(sys.modules[module], name), []
+
+    def broken(*args, **options):
+        calls.append(name)
+        found = real(*args, **options)
+        if len(calls) < 2:
+            return found
+        if hasattr(found, "_replace"):
+            return found._replace(total=found.total * torch.nan)
+        return (found[0] * torch.nan, found[1]) if isinstance(found, tuple) else found * torch.nan
+
+    out = tmp_path / "broken"
+    with monkeypatch.context() as patched:
+        patched.setattr(loss, broken)
+        with pytest.raises(NonFiniteLossError, match=f"{stage}: the loss is not finite at step 1") as raised:
+            Runner(small(), out).go("evaluate")
+        assert raised.value.exit_code == 1 and f"--set {stage}.lr" in raised.value.hint
+    done = {path.parent.name.rsplit("-", 1)[0] for path in out.glob("stages/*/done.json")}
+    assert done == set(MADE[: MADE.index(stage)])
+    Runner(small(), out).go("evaluate")
+    assert stage_files(out) == stage_files(run)
+
+
+# ── what is refused ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(("changes", "wanted"), [
+    ({"cluster__n_clusters": 0}, "at least 1, got 0"),
+    ({"cluster__n_clusters": -3}, "at least 1, got -3"),
+    ({"cluster__n_clusters": 61}, "60 images are fewer than the 61 classes"),
+    ({"data__limit": 1}, "at least 2, got 1"),
+    ({"data__limit": 5}, "5 images are fewer than the 10 classes"),
+    ({"data__source": ""}, "phyla run FOLDER"),
+    ({"cluster__random_state": -1}, "seed must be from 0"),
+    ({"evaluate__random_state": 2**32}, "seed must be from 0"),
+])
+def test_what_cannot_be_run_is_refused_before_any_work(tmp_path, changes, wanted):
+    with pytest.raises(InputError, match=wanted):
+        Runner(small(**changes), tmp_path / "run").go()
+    assert not list(tmp_path.glob("run/stages/pretrain-*"))
+
+
+def test_refused_options_do_not_become_those_of_the_run(run):
+    said = call("run", run, "--classes", "61")
+    assert "fewer than the 61 classes" in said.error()
+    assert recorded_pipeline(run).cluster.n_clusters == 10 and redone(run) == []
+
+
+def test_one_image_is_too_few(tmp_path):
+    pictures(tmp_path / "photos", 1)
+    pipeline = small("scan-folder", data__source=str(tmp_path / "photos"), cluster__n_clusters="1", **TINY_PICTURES)
+    with pytest.raises(InputError, match="one image is too few"):
+        Runner(pipeline, tmp_path / "run").go()
+
+
+def test_a_set_of_two_images_goes_through(tmp_path, plain_report):
+    pictures(tmp_path / "photos", 2)
+    pipeline = small("scan-folder", data__source=str(tmp_path / "photos"), cluster__n_clusters="2", **TINY_PICTURES)
+    result = Runner(pipeline, tmp_path / "run", labels="folders").go()
+    assert result.n_images == 2 and np.load(tmp_path / "run" / "neighbors.npy").tolist() == [[1], [0]]
+
+
+def test_a_run_folder_of_something_else_is_refused_and_left_alone(run):
+    before = top_files(run)
+    with pytest.raises(InputError, match=r"holds another run: recipe 'scan-digits' \(now 'scan-cifar10'\)"):
+        Runner(small("scan-cifar10", data__source="digits"), run)
+    with pytest.raises(InputError, match=r"source 'digits' \(now 'mnist'\)"):
+        Runner(small(data__source="mnist"), run)
+    assert top_files(run) == before
+
+
+def test_a_data_set_goes_by_any_spelling(run):
+    assert redone(run, small(data__source="digits")) == []
+    assert Runner(small(data__source="Digits"), run).run.path == run
+
+
+def test_a_bare_folder_is_no_run(tmp_path):
+    for reading in (reopen, recorded_pipeline, recorded_labels):
+        with pytest.raises(InputError, match="is not a run folder"):
+            reading(tmp_path)
+    (tmp_path / "options.json").write_text('{"labels": "auto"}')
+    with pytest.raises(InputError, match=r"not of this version.*give the recipe again"):
+        recorded_pipeline(tmp_path)
+
+
+def test_a_home_folder_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    pictures(tmp_path / "photos", 3)
+    runner = Runner(small("scan-folder", data__source="~/photos"), tmp_path / "run", device=choose_device("cpu"))
+    assert runner.pipeline.data == Data(str(tmp_path / "photos"), size=64, limit=N_DIGITS)
+    assert len(runner.train) == 3 <= N_PICTURES
