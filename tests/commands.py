@@ -84,29 +84,29 @@ def pictures(folder: Path, n: int = N_PICTURES) -> Path:
 
 
 @cache
-def _digits_run(factory: pytest.TempPathFactory) -> Path:
-    run = factory.mktemp("digits") / "run"
-    assert call("run", "scan-digits", "--limit", N_DIGITS, *flags(), "--out", run).code == 0
-    return run
+def _digits_run(folder: Path) -> Path:
+    done = call("run", "scan-digits", "--limit", N_DIGITS, *flags(), "--out", folder / "digits-run")
+    assert done.code == 0, done
+    return folder / "digits-run"
 
 
 @cache
-def _pictures_run(factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder = pictures(factory.mktemp("pictures") / "photos")
-    run = folder.parent / "run"
-    assert call("run", folder, "--classes", "3", *flags(**TINY_PICTURES), "--out", run).code == 0
-    return run, folder
+def _pictures_run(folder: Path) -> Path:
+    photos = pictures(folder / "photos")
+    done = call("run", photos, "--classes", "3", *flags(**TINY_PICTURES), "--out", folder / "photos-run")
+    assert done.code == 0, done
+    return folder / "photos-run"
 
 
 def digits_run(factory: pytest.TempPathFactory, folder: Path) -> Path:
     """Return a copy, in ``folder``, of a finished run on 60 digits that is made once a session."""
-    return shutil.copytree(_digits_run(factory), folder / "run")
+    return shutil.copytree(_digits_run(factory.getbasetemp()), folder / "run")
 
 
 def pictures_run(factory: pytest.TempPathFactory, folder: Path) -> tuple[Path, Path]:
     """Return a finished run on a folder of JPEG files without labels, in ``folder``, and that folder: not to change."""
-    run, photos = _pictures_run(factory)
-    return shutil.copytree(run, folder / "run"), photos
+    made = _pictures_run(factory.getbasetemp())
+    return shutil.copytree(made, folder / "run"), made.parent / "photos"
 
 
 def stage_files(run: Path) -> dict[str, bytes]:

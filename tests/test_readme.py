@@ -39,5 +39,6 @@ def test_the_commands_in_the_documents_exist():
 
     verbs = set(get_command(app).commands)
     for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
-        for verb in re.findall(r"^(?:\$ )?phyla ([a-z]+)", path.read_text(encoding="utf-8"), re.MULTILINE):
-            assert verb in verbs, f"{path.name}: phyla {verb}"
+        for block in re.findall(r"^```(?:\w*)\n(.*?)^```", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+            for verb in re.findall(r"^(?:\$ )?phyla ([a-z]+)", block, re.MULTILINE):
+                assert verb in verbs, f"{path.name}: phyla {verb}"

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from phyla.runner import Result
     from phyla.types import Scores
 
-app = typer.Typer(name="phyla", invoke_without_command=True, add_completion=False, rich_markup_mode=None,
+app = typer.Typer(name="phyla", no_args_is_help=True, add_completion=False, rich_markup_mode=None,
                   pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]},
                   help="Find the classes in images that nobody has labelled.\n\n"
                        "phyla run                        the demonstration: digits\n\n"
@@ -38,6 +38,10 @@ Classes = Annotated[int | None, typer.Option("--classes", "-k", help="how many c
                                              show_default=False)]
 Seed = Annotated[int | None, typer.Option(help="seed of everything random", show_default=False)]
 Limit = Annotated[int | None, typer.Option(help="use at most this many images, spread evenly", show_default=False)]
+Size = Annotated[int | None, typer.Option(help="side of the images in pixels: stored and seen at this size",
+                                         show_default=False)]
+Encoder = Annotated[Path | None, typer.Option(help="start from a published checkpoint (.pth.tar) instead of training",
+                                              show_default=False)]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="STAGE.OPTION=VALUE", show_default=False,
                                                help="change an option, as in cluster.entropy_weight=2; repeatable")]
 DataDir = Annotated[Path | None, typer.Option("--data", help="where data sets are (else $PHYLA_DATA, else a cache)",
@@ -56,16 +60,17 @@ def _verb(name: str, until: str, text: str) -> None:
     """Register a verb that carries the chain as far as the stage ``until``."""
 
     def verb(what: What = "scan-digits", out: Out = None, classes: Classes = None, seed: Seed = None,
-             limit: Limit = None, option: Set = None, data: DataDir = None, labels: Labels = None,
-             device: DeviceName = "auto", precision: Precision = "auto", strict: Strict = False,
-             offline: Offline = False, quiet: Quiet = False, as_json: AsJson = False) -> None:
+             limit: Limit = None, size: Size = None, encoder: Encoder = None, option: Set = None,
+             data: DataDir = None, labels: Labels = None, device: DeviceName = "auto",
+             precision: Precision = "auto", strict: Strict = False, offline: Offline = False, quiet: Quiet = False, as_json: AsJson = False) -> None:
         from phyla.display import showing
 
         with showing(quiet=quiet):
             from phyla.runner import Runner
             from phyla.training.device import choose_device
 
-            asked = _resolve(what, out, classes=classes, seed=seed, limit=limit, changes=option or [])
+            asked = _resolve(what, out, classes=classes, seed=seed, limit=limit, size=size, encoder=encoder,
+                             changes=option or [])
             runner = Runner(asked.pipeline, asked.folder, device=choose_device(device, precision), data_dir=data,
                             labels=asked.labels if labels is None else labels, strict=strict, download=not offline,
                             command=["phyla", *sys.argv[1:]])
@@ -210,9 +215,9 @@ class Asked(NamedTuple):
 
 
 def _resolve(what: str, out: Path | None, *, classes: int | None, seed: int | None, limit: int | None,
-             changes: Sequence[str]) -> Asked:
+             size: int | None, encoder: Path | None, changes: Sequence[str]) -> Asked:
     from phyla.errors import InputError
-    from phyla.recipes import RECIPES, change, from_file, recipe, with_seed
+    from phyla.recipes import RECIPES, change, from_file, recipe, with_checkpoint, with_seed, with_size
     from phyla.runner import recorded_labels, recorded_pipeline
 
     pairs = [_pair(text) for text in changes]
@@ -229,6 +234,10 @@ def _resolve(what: str, out: Path | None, *, classes: int | None, seed: int | No
         pipeline = change(recipe("scan-folder"), "data.source", str(path.absolute()))
     else:
         pipeline = _missing(what)
+    if encoder is not None:
+        pipeline = with_checkpoint(pipeline, str(encoder))
+    if size is not None:
+        pipeline = with_size(pipeline, size)
     if classes is not None:
         pipeline = change(pipeline, "cluster.n_clusters", classes)
     if limit is not None:
@@ -320,19 +329,17 @@ def _one_line(text: str) -> str:
                    for char in text)
 
 
-def _version(wanted: bool) -> None:
+def _version(wanted: bool) -> bool:
     if wanted:
         print(f"phyla {phyla.__version__}")
         raise typer.Exit
+    return wanted
 
 
 @app.callback()
-def _root(context: typer.Context,
-          version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True,
+def _root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True,
                                                 help="print the version")] = False) -> None:
-    if context.invoked_subcommand is None:
-        _say(context.get_help())
-        raise typer.Exit(2)
+    pass
 
 
 def main() -> None:
@@ -361,9 +368,13 @@ def _guarded(command: Callable[..., object], ours: type[Exception]) -> int:
     except OSError as error:  # the system's own words name the file
         return _failed(str(error), 1)
     except Exception as error:
-        if hasattr(error, "format_message"):  # a mistake on the command line itself
-            return _failed(error.format_message(), 2)
-        raise
+        if not hasattr(error, "format_message"):
+            raise
+        message = error.format_message()  # a mistake on the command line itself; with no command at all, the help
+        if "\n" not in message:
+            return _failed(message, 2)
+        _say(message)
+        return 2
     if code == 130:  # the library's code for an interrupt, when it has caught it first
         _say("stopped; give the same command again to go on where it was")
     return code if isinstance(code, int) else 0

@@ -12,6 +12,9 @@ from phyla.refine.selflabel import SelfLabel
 from phyla.zoo import PublishedEncoder
 
 STAGES = ("images", "pretrain", "embed", "neighbors", "cluster", "refine", "evaluate", "report")
+PARTS = ("data", "pretrain", "embed", "neighbors", "cluster", "refine", "evaluate")
+"""The parts of a pipeline that hold options."""
+
 StageName = Literal["images", "pretrain", "embed", "neighbors", "cluster", "refine", "evaluate", "report"]
 
 
@@ -27,6 +30,8 @@ class Data:
     held_out : images that are only predicted, and on which epochs are chosen; None: none
     size : shorter side, in pixels, at which images are stored; None: the data set's own, or chosen from the files
     limit : use this many images, spread evenly; None: all
+    select_on : images on which the label-free score chooses an epoch: held_out (published: the test images, without
+        their labels) or train; the same where nothing is held out
     """
 
     source: str
@@ -35,6 +40,7 @@ class Data:
     held_out: str | None = None
     size: int | None = None
     limit: int | None = None
+    select_on: Literal["held_out", "train"] = "held_out"
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,7 @@ class Pipeline:
 
     def options(self) -> dict[str, object]:
         """Return every option of every stage, for run.json."""
-        return {"recipe": self.name} | {part: asdict(value) if value is not None else None for part, value in (
-            ("data", self.data), ("pretrain", self.pretrain), ("embed", self.embed), ("neighbors", self.neighbors),
-            ("cluster", self.cluster), ("refine", self.refine), ("evaluate", self.evaluate))}
+        parts = {part: getattr(self, part) for part in PARTS}
+        told = {part: asdict(value) if value is not None else None for part, value in parts.items()}
+        methods = {part: type(parts[part]).__name__ for part in ("pretrain", "cluster", "refine") if parts[part]}
+        return {"recipe": self.name, "methods": methods, **told}

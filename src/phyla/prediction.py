@@ -19,7 +19,7 @@ from phyla.images.augment import Views
 from phyla.images.catalog import data_set_name
 from phyla.images.folders import find_images
 from phyla.progress import bar
-from phyla.recipes import CIFAR10, IMAGENET
+from phyla.recipes import CIFAR10, CIFAR100, IMAGENET
 from phyla.rundir import save_encoder
 from phyla.storage import read_json, storage_error
 from phyla.tables import COLUMNS, N_TOP, stdout_csv, write_assignments
@@ -154,7 +154,9 @@ def import_checkpoint(path: Path, out: Path, stem: str | None) -> dict[str, obje
     """Write a published checkpoint as a classifier (it has heads) or as an encoder; return what it was."""
     found = load_published(path, stem=stem)  # type: ignore[arg-type]
     facts: dict[str, object] = {"kind": found.kind, "encoder": asdict(found.encoder.spec), **found.facts}
-    size, norm = {"cifar": (32, CIFAR10), "stl": (96, IMAGENET), "imagenet": (224, IMAGENET)}[found.encoder.spec.stem]
+    cifar = CIFAR100 if found.facts["n_clusters"] in (20, 100) else CIFAR10
+    sizes = {"cifar": (32, cifar), "stl": (96, IMAGENET), "imagenet": (224, IMAGENET)}
+    size, norm = sizes[found.encoder.spec.stem]
     views = Views("plain", size, *norm)
     if found.heads is None:
         save_encoder(out, found.encoder, found.projection)

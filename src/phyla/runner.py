@@ -50,6 +50,7 @@ from phyla.storage import array_fingerprint, read_json, write_json
 from phyla.tables import write_assignments
 from phyla.training.device import Device, choose_device
 from phyla.types import Assignment, Embeddings, ImageSet, Neighbors, Scores
+from phyla.zoo import PublishedEncoder, checkpoint_stamp
 
 log = logging.getLogger("phyla")
 
@@ -138,7 +139,10 @@ class Runner:
             save_records(folder / "metrics.jsonl", method.history_)
             return {"n_images": len(images)}
 
-        self.run.stage("pretrain", options, [images.fingerprint], make)
+        inputs = [images.fingerprint]
+        if isinstance(method, PublishedEncoder):
+            inputs += [checkpoint_stamp(method.checkpoint())]
+        self.run.stage("pretrain", options, inputs, make)
 
     def _embed(self) -> None:
         options = asdict(self.pipeline.embed) | {"views": asdict(self.pipeline.pretrain.views.plain())}
@@ -174,16 +178,15 @@ class Runner:
         method = self.pipeline.cluster
 
         def make(folder: Path) -> dict[str, object]:
-            watched = Watched(self.held_out, self.neighbors("held_out")) if self.held_out is not None else None
             encoder, _ = load_encoder(self._folder("pretrain"))
-            method.fit(self.train, neighbors=self.neighbors("train"), encoder=encoder, watched=watched,
-                       device=self.device, folder=folder)
+            method.fit(self.train, neighbors=self.neighbors("train"), encoder=encoder, device=self.device,
+                       watched=Watched(*self._watched) if self._watched else None, folder=folder)
             self._save_model(folder, method)
             notice = (f"clusters: kept epoch {method.epoch_} of {method.n_epochs}, head {method.head_ + 1} of "
                       f"{method.n_heads} (lowest neighbor score, {method.score_:.4f})")
             return {"score": method.score_, "head": method.head_, "epoch": method.epoch_, "notices": [notice]}
 
-        self.run.stage("cluster", {"method": "SCAN"} | asdict(method),
+        self.run.stage("cluster", {"method": "SCAN", "select_on": self.pipeline.data.select_on} | asdict(method),
                        [self._key("pretrain"), self._key("neighbors"), *self._image_keys()], make)
 
     def _refine(self) -> None:
@@ -193,14 +196,13 @@ class Runner:
 
         def make(folder: Path) -> dict[str, object]:
             before = Classifier.load(self._folder("cluster"))
-            watched = (self.held_out, self.neighbors("held_out")) if self.held_out is not None else None
-            method.fit(self.train, net=before.net, neighbors=self.neighbors("train"), watched=watched,
+            method.fit(self.train, net=before.net, neighbors=self.neighbors("train"), watched=self._watched,
                        device=self.device, folder=folder)
             self._save_model(folder, method)
             return {"kept": method.kept_, "scores": method.scores_, "skipped_steps": method.skipped_steps_,
                     "notices": method.notices_}
 
-        self.run.stage("refine", {"method": "SelfLabel"} | asdict(method),
+        self.run.stage("refine", {"method": "SelfLabel", "select_on": self.pipeline.data.select_on} | asdict(method),
                        [self._key("cluster"), self._key("neighbors"), *self._image_keys()], make)
 
     def _evaluate(self) -> None:
@@ -284,9 +286,18 @@ class Runner:
                                    labels=self.labels) for name, images in self._splits() if self.labels is not None}
         return {name: truth for name, truth in found.items() if truth is not None}
 
+    @property
+    def _watched(self) -> tuple[ImageSet, Neighbors] | None:
+        """The held-out images on which the label-free score is taken; None: on the clustered ones."""
+        if self.held_out is None or self.pipeline.data.select_on == "train":
+            return None
+        return self.held_out, self.neighbors("held_out")
+
     # ---- the small print --------------------------------------------------------------------------------------------
 
     def _validate(self) -> None:
+        if isinstance(self.pipeline.pretrain, PublishedEncoder):
+            self.pipeline.pretrain.checkpoint()  # told before any image is decoded
         n_clusters = self.pipeline.cluster.n_clusters
         if not self.pipeline.data.source:
             raise InputError("which images to look at is not known", "phyla run FOLDER --classes 10")

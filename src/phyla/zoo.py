@@ -143,7 +143,7 @@ class PublishedEncoder(TransformerMixin, BaseEstimator):
 
         ``images`` and ``folder`` are taken because methods that train need them.
         """
-        found = load_published(self.path or _official(), stem=self.stem)
+        found = load_published(self.checkpoint(), stem=self.stem)
         self.encoder_, self.projection_ = found.encoder, found.projection
         if device is not None:
             device.place(self.encoder_)
@@ -151,9 +151,21 @@ class PublishedEncoder(TransformerMixin, BaseEstimator):
         self.facts_ = {"kind": found.kind} | found.facts
         return self
 
+    def checkpoint(self) -> Path:
+        """Return the file that is loaded; DataNotFoundError when it is not there."""
+        if self.path and not Path(self.path).expanduser().exists():
+            raise DataNotFoundError(f"there is no checkpoint {self.path}", _WANTED)
+        return Path(self.path).expanduser() if self.path else _official()
+
     def transform(self, images: ImageSet) -> np.ndarray:
         """Return the embeddings of ``images``, float32 (n_images, n_features)."""
         return embed(images, self.encoder_, self.views.plain()).values
+
+
+def checkpoint_stamp(path: Path) -> str:
+    """Return a text that changes when another file is put at ``path``: its size and time."""
+    told = path.stat()
+    return f"{told.st_size}-{told.st_mtime_ns}"
 
 
 def _official() -> Path:

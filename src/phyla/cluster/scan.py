@@ -103,7 +103,8 @@ class SCAN(ClusterMixin, BaseEstimator):
     cached_views : with ``update="heads"``: embeddings of this many random views an image are made once and drawn from;
         0 makes fresh views every step, as published
     forwards : two: anchors and neighbors apart, each with its own BatchNorm statistics, as published; fused: one pass
-    select : neighbor_score: head and epoch with the lowest score; last: the last epoch, best head
+    select : neighbor_score: head and epoch with the lowest score (in which a ``class_prior`` takes the place of
+        evenness, as in the loss); last: the last epoch, best head
     n_selection_neighbors : neighbors of the score, 5 as published (the image itself counts as one more)
     optimizer, lr, weight_decay, momentum : adam (L2 decay, not decoupled) or sgd, constant learning rate
     n_epochs, batch_size : every image is an anchor once an epoch
@@ -266,8 +267,9 @@ class SCAN(ClusterMixin, BaseEstimator):
         if n_used < self.n_clusters:
             log.info("cluster: %d of %d clusters hold an image", n_used, self.n_clusters)
         if n_used == 1 < self.n_clusters:
-            warnings.warn(f"SCAN put all {len(self.labels_)} images into one of {self.n_clusters} clusters. hint: "
-                          "raise entropy_weight, train longer, or look at the embeddings", CollapseWarning, stacklevel=3)
+            told = f"SCAN put all {len(self.labels_)} images into one of {self.n_clusters} clusters"
+            warnings.warn(f"{told}. hint: raise entropy_weight, train longer, or look at the embeddings",
+                          CollapseWarning, stacklevel=3)
 
     def _open(self, images: ImageSet | Embeddings | np.ndarray, neighbors: Neighbors, encoder: nn.Module | None,
               watched: Watched | None, device: Device) -> "_FromImages | _FromEmbeddings":
@@ -293,7 +295,13 @@ class SCAN(ClusterMixin, BaseEstimator):
 
     def _scores(self, probabilities: Tensor, neighbors: Neighbors) -> list[float]:
         near = torch.from_numpy(neighbors.indices[:, : self.n_selection_neighbors]).to(probabilities.device)
-        return [neighbor_score(probabilities[:, head], near) for head in range(self.n_heads)]
+        scores = [neighbor_score(probabilities[:, head], near) for head in range(self.n_heads)]
+        if self.class_prior is None:
+            return scores
+        # As in the loss, -KL(p || prior) for H: the plain score would choose an epoch before the prior takes hold.
+        weight = torch.tensor(self.class_prior).clamp(min=EPSILON).log()
+        means = probabilities.float().mean(dim=0).cpu()
+        return [score - float(mean @ weight) for score, mean in zip(scores, means, strict=True)]
 
 
 class _Pairs:
@@ -375,11 +383,9 @@ class _FromEmbeddings:
 
 
 def _check_neighbors(neighbors: Neighbors, n_images: int) -> None:
-    indices = neighbors.indices
-    if len(indices) != n_images or not indices.size or indices.min() < 0 or indices.max() >= n_images:
-        span = f"indices {indices.min()} to {indices.max()}" if indices.size else "no neighbors"
-        raise InputError(f"the neighbors belong to another set: {len(indices)} rows, {span}, for {n_images} images",
-                         "find them again for these images")
+    if neighbors.indices.shape != (n_images, max(1, neighbors.n_neighbors)):
+        raise InputError(f"the neighbors belong to another set: {neighbors.n_neighbors} each of {len(neighbors)} images, "
+                         f"for {n_images} images", "find them again for these images")
 
 
 def _rows(embeddings: Embeddings | np.ndarray | ImageSet) -> np.ndarray:

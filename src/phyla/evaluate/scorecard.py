@@ -15,6 +15,7 @@ from phyla.errors import InputError
 from phyla.evaluate.metrics import score_assignment, score_without_labels
 from phyla.evaluate.probes import knn_accuracy, linear_accuracy, neighbor_purity
 from phyla.progress import track
+from phyla.quality import neighbor_score
 from phyla.types import Assignment, Embeddings, ImageSet, Neighbors, Scores
 
 log = logging.getLogger("phyla")
@@ -90,20 +91,30 @@ def _predicted(kmeans: KMeans, space: _Space, split: Split) -> Assignment:
 
 def _row(method: str, assignment: Assignment, split: Split) -> Scores:
     values = score_without_labels(assignment, split.neighbors)
+    near = split.neighbors.indices[:, :_SCORE_NEIGHBORS]
+    values["neighbor_score"] = neighbor_score(assignment.probabilities, near)  # as methods choose by it
     if split.true is not None and (split.true >= 0).any():
         values |= score_assignment(assignment, split.true, method=method, split=split.name).values
     return Scores(method, split.name, len(assignment), values)
 
 
+_SCORE_NEIGHBORS = 5
+_PROBED = 20_000  # images of the bank that the linear probe learns from
+_PROBED_CLASSES = 200  # above these its fit would take longer than the run
+
+
 def _probes(bank: Split, bank_true: np.ndarray, split: Split, true: np.ndarray, n_neighbors: int) -> Scores:
     queries, queries_true = (None, None) if bank is split else (split.embeddings, true)
+    some = np.unique(np.linspace(0, len(bank_true) - 1, min(len(bank_true), _PROBED)).astype(int))
     probes: dict[str, Callable[[], float]] = {
         f"knn_accuracy_{n_neighbors}": partial(knn_accuracy, bank.embeddings, bank_true, queries=queries,
                                                queries_true=queries_true, n_neighbors=n_neighbors),
-        "linear_accuracy": partial(linear_accuracy, bank.embeddings, bank_true, test_embeddings=queries,
-                                   test_true=queries_true),
+        "linear_accuracy": partial(linear_accuracy, bank.embeddings.values[some], bank_true[some],
+                                   test_embeddings=queries, test_true=queries_true),
         "neighbor_purity": partial(neighbor_purity, split.neighbors, true),
     }
+    if bank_true.max() >= _PROBED_CLASSES:
+        del probes["linear_accuracy"]
     values = {}
     for name, probe in probes.items():
         try:

@@ -1,1 +1,1 @@
-"""Modules that know no method: encoders, heads, memory."""
+"""Modules that know no method: encoders and heads."""

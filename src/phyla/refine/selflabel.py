@@ -155,10 +155,10 @@ class SelfLabel(ClusterMixin, BaseEstimator):
         for step in run:
             source.train(self.weak_mode == "batch")
             batch = pixels.take(step.indices)
+            with torch.no_grad(), device.autocast():  # a context of its own: a cast cached here would have no gradient
+                weak_logits = source(device.arrange(weak(batch, step.generator)))[0]
+            net.train()
             with device.autocast():
-                with torch.no_grad():
-                    weak_logits = source(device.arrange(weak(batch, step.generator)))[0]
-                net.train()
                 strong_logits = net(device.arrange(self.views(batch, step.generator)))[0]
             loss, n_confident = self_label_loss(weak_logits.float(), strong_logits.float(), threshold=self.threshold,
                                                 balanced=self.balanced)
@@ -213,8 +213,7 @@ class SelfLabel(ClusterMixin, BaseEstimator):
             yield InputError("self-labelling needs a network on images, this one takes embeddings",
                              "fit SCAN on images with encoder=..., and pass its net_")
         for shown, near in [(images, neighbors), *([watched] if watched else [])]:
-            if near is not None and not (len(near) == len(shown) and near.indices.size
-                                         and 0 <= near.indices.min() <= near.indices.max() < len(shown)):
+            if near is not None and near.indices.shape != (len(shown), max(1, near.n_neighbors)):
                 yield InputError(f"the neighbors belong to another set: {len(near)} rows, {len(shown)} images",
                                  "find them again for these images")
 
