@@ -1,5 +1,6 @@
 """phyla as its users run it: the command line in this process, options small enough for a test, and pictures."""
 
+import csv
 import io
 import shutil
 import sys
@@ -21,7 +22,7 @@ from phyla.recipes import change, recipe
 
 SMALL = {"pretrain.encoder.width": "4", "pretrain.n_epochs": "1", "pretrain.batch_size": "20", "cluster.n_epochs": "2",
          "cluster.batch_size": "20", "refine.n_epochs": "1", "refine.batch_size": "20", "refine.threshold": "0.2",
-         "evaluate.kmeans_restarts": "1"}
+         "refine.keep": "last", "evaluate.kmeans_restarts": "1"}
 TINY_PICTURES = {"data.size": "16"} | {f"{stage}.views.size": "16" for stage in ("pretrain", "cluster", "refine")}
 N_DIGITS, N_PICTURES = 60, 36
 COLORS = ((200, 40, 40), (40, 200, 40), (40, 40, 200))
@@ -107,6 +108,12 @@ def pictures_run(factory: pytest.TempPathFactory, folder: Path) -> tuple[Path, P
     """Return a finished run on a folder of JPEG files without labels, in ``folder``, and that folder: not to change."""
     made = _pictures_run(factory.getbasetemp())
     return shutil.copytree(made, folder / "run"), made.parent / "photos"
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a CSV file."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def stage_files(run: Path) -> dict[str, bytes]:

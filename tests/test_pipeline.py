@@ -1,19 +1,15 @@
-"""A run from images to report: what it leaves, what it does again and what not, and what survives a kill."""
+"""A run from images to report: what it leaves, what it does again and what not, and what it refuses."""
 
-import csv
-import errno
 import json
-import os
 import shutil
-import signal
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+import phyla
 from commands import (
     N_DIGITS,
     N_PICTURES,
@@ -26,22 +22,22 @@ from commands import (
     pictures_run,
     small,
     stage_files,
+    table,
     top_files,
 )
-
-import phyla
-from phyla.errors import CorruptFileError, InputError, NonFiniteLossError, StorageError
+from phyla.errors import CorruptFileError, InputError
 from phyla.pipeline import STAGES, Data
 from phyla.recipes import change, from_options
 from phyla.runner import Runner, recorded_labels, recorded_pipeline, reopen
 from phyla.tables import COLUMNS
 from phyla.training.device import choose_device
 
-pytestmark = pytest.mark.filterwarnings("default::phyla.errors.PhylaWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::phyla.errors.PhylaWarning")
 
 FIGURES = {"map.png", "prototypes.png", "confidence.png", "curves.png"}
 TOP = {"run.json", "options.json", "phyla-run.json", "metrics.jsonl", "embeddings.npy", "neighbors.npy",
-       "model.safetensors", "model.json", "assignments.csv", "assignments.parquet", "scores.json", "report.html"} | FIGURES
+       "model.safetensors", "model.json", "assignments.csv", "assignments.parquet", "scores.json", "report.html",
+       *FIGURES}
 MADE = STAGES[1:]
 
 
@@ -80,7 +76,7 @@ def test_the_run_folder_holds_everything_and_nothing_else(run):
     assert not {name for name in names if name.endswith(".part")} | ({"checkpoint.pt"} & names)
     assert sorted(path.name.rsplit("-", 1)[0] for path in run.glob("stages/*")) == sorted(MADE)
     ids = [f"train/{round(row):05d}" for row in np.linspace(0, 1796, N_DIGITS)]
-    rows = list(csv.DictReader((run / "assignments.csv").open(newline="")))
+    rows = table(run / "assignments.csv")
     assert [row["id"] for row in rows] == ids and list(rows[0]) == COLUMNS
     assert np.load(run / "embeddings.npy").shape == (N_DIGITS, 32)
     assert np.load(run / "neighbors.npy").shape == (N_DIGITS, 20)
@@ -94,7 +90,8 @@ def test_run_json_says_what_was_run_and_with_what(run):
     assert from_options(facts["options"]).options() == small().options()
     assert facts["command"][:3] == ["phyla", "run", "scan-digits"]
     assert set(facts["stages"]) == set(MADE) and facts["n_images"] == {"train": N_DIGITS}
-    assert facts["versions"]["phyla"] == phyla.__version__ and facts["versions"]["torch"] == torch.__version__
+    assert facts["versions"]["phyla"] == phyla.__version__
+    assert torch.__version__.startswith(facts["versions"]["torch"])
     assert facts["labels"] == "auto" and facts["notices"]
     assert {run / name for name in facts["files"]} <= set(run.iterdir())
 
@@ -104,13 +101,13 @@ def test_the_classifier_gives_what_the_table_says(run):
     images = Runner(small(), run).train
     found = phyla.load(run).predict_proba(images)
     np.testing.assert_allclose(found, held, atol=1e-5)
-    rows = list(csv.DictReader((run / "assignments.csv").open(newline="")))
+    rows = table(run / "assignments.csv")
     assert [int(row["cluster"]) for row in rows] == held.argmax(1).tolist()
 
 
 def test_pictures_without_labels_go_the_whole_way(tmp_path, tmp_path_factory):
     run, photos = pictures_run(tmp_path_factory, tmp_path)
-    assert TOP <= {path.name for path in run.iterdir()} and not (run / "confusion_matrix.png").exists()
+    assert {path.name for path in run.iterdir()} >= TOP and not (run / "confusion_matrix.png").exists()
     scores = json.loads((run / "scores.json").read_text())["scores"]
     assert [row["method"] for row in scores] == ["k-means on pixels", "k-means on embeddings", "SCAN",
                                                  "SCAN + self-label"]
@@ -135,17 +132,17 @@ def mnist(root: Path, n_train: int, n_test: int) -> None:
     """Write random pixels in the layout of MNIST."""
     (root / "mnist").mkdir(parents=True)
     for name, n in (("train", n_train), ("t10k", n_test)):
-        pixels = np.random.default_rng(n).integers(0, 256, (n, 28, 28), dtype=np.uint8)
-        (root / "mnist" / f"{name}-images-idx3-ubyte").write_bytes(struct.pack(">4I", 0x803, n, 28, 28) + pixels.tobytes())
-        (root / "mnist" / f"{name}-labels-idx1-ubyte").write_bytes(
-            struct.pack(">2I", 0x801, n) + (np.arange(n) % 10).astype(np.uint8).tobytes())
+        pixels = np.random.default_rng(n).integers(0, 256, (n, 28, 28), dtype=np.uint8).tobytes()
+        labels = (np.arange(n) % 10).astype(np.uint8).tobytes()
+        (root / "mnist" / f"{name}-images-idx3-ubyte").write_bytes(struct.pack(">4I", 0x803, n, 28, 28) + pixels)
+        (root / "mnist" / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">2I", 0x801, n) + labels)
 
 
 def test_held_out_images_are_predicted_scored_and_judge_the_epochs(tmp_path, plain_report):
     mnist(tmp_path / "data", 30, 20)
     pipeline = small(data__source="mnist", data__size="8", data__held_out="test", data__limit="none")
     result = Runner(pipeline, tmp_path / "run", data_dir=tmp_path / "data").go()
-    rows = list(csv.DictReader((tmp_path / "run" / "assignments-held-out.csv").open(newline="")))
+    rows = table(tmp_path / "run" / "assignments-held-out.csv")
     assert [row["id"] for row in rows] == [f"test/{row:05d}" for row in range(20)]
     assert [(row.split, row.n_images) for row in result.scores if row.method == "SCAN"] == [("train", 30), ("test", 20)]
     neighbors = np.load(next((tmp_path / "run").glob("stages/neighbors-*/held_out.npy")))
@@ -205,7 +202,7 @@ def test_a_changed_option_runs_only_what_depends_on_it(run, option, value, stage
     earlier = top_files(run)
     assert redone(run, change(small(), option, value)) == stages
     assert "run.json" in (changed := {name for name, data in top_files(run).items() if data != earlier.get(name)})
-    assert ("model.safetensors" in changed) == ("cluster" in stages or option == "refine")
+    assert ("model.safetensors" in changed) == ("cluster" in stages or option.startswith("refine"))
     assert redone(run) == []  # the earlier options: nothing is run, and the earlier result is shown again
     assert {k: v for k, v in top_files(run).items() if k != "run.json"} == {
         k: v for k, v in earlier.items() if k != "run.json"}
@@ -340,117 +337,6 @@ def test_a_table_of_labels_is_read_before_the_work(tmp_path):
     with pytest.raises(InputError, match="names none of the 60 images"):
         Runner(small(), tmp_path / "run", labels=str(tmp_path / "labels.csv")).go()
     assert not list(tmp_path.glob("run/stages/pretrain-*"))
-
-
-# ── what survives ─────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-CHILD = """
-import os, signal, sys
-import phyla.training.loop as loop
-loop.CHECKPOINT_SECONDS = 0
-where, moment = sys.argv.pop(1), int(sys.argv.pop(1))
-seen = 0
-
-def die_at(name):
-    global seen
-    seen += name == where
-    if seen > moment:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-def before(owner, name, say):
-    real = getattr(owner, name)
-    def changed(*args, **options):
-        die_at(say(*args))
-        return real(*args, **options)
-    setattr(owner, name, changed)
-
-before(loop.Loop, "watch", lambda run, *_: run.name)
-before(os, "fsync", lambda *_: "write")
-from phyla.cli import main
-main()
-"""
-
-
-def killed(where: str, moment: int, *command: object) -> None:
-    """Run a command in a process that kills itself at the given step of a stage, or write, with a checkpoint a step."""
-    done = subprocess.run([sys.executable, "-c", CHILD, where, str(moment), *map(str, command)], capture_output=True,
-                          text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == -signal.SIGKILL, done.stderr
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
-def test_a_killed_run_goes_on_to_the_same_end(run, tmp_path):
-    command = ["run", "scan-digits", "--limit", N_DIGITS, *flags(), "--out", tmp_path / "killed"]
-    killed("cluster", 4, *command)
-    assert not (tmp_path / "killed" / "run.json").exists()
-    said = call(*command)
-    assert said.code == 0 and "cluster goes on at step 4 of 6" in said.err and "pretrain  unchanged, kept" in said.err
-    assert stage_files(tmp_path / "killed") == stage_files(run)
-    assert (tmp_path / "killed" / "metrics.jsonl").read_bytes() == (run / "metrics.jsonl").read_bytes()
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
-@pytest.mark.parametrize("moments", [
-    [("pretrain", 0), ("pretrain", 1), ("cluster", 3), ("refine", 2)],
-    [("write", n) for n in (1, 4, 7, 12, 20)],
-    [("write", n) for n in (2, 2, 2, 2, 2, 2)],
-])
-def test_a_run_killed_again_and_again_goes_on_to_the_same_end(run, tmp_path, moments):
-    command = ["run", "scan-digits", "--limit", N_DIGITS, *flags(), "--out", tmp_path / "killed"]
-    for where, moment in moments:
-        killed(where, moment, *command)
-    assert call(*command).code == 0
-    assert stage_files(tmp_path / "killed") == stage_files(run)
-    assert not list((tmp_path / "killed").rglob(".*.part"))
-
-
-@pytest.mark.parametrize("stage", ["embed", "cluster", "refine"])
-def test_a_full_disk_costs_only_the_stage_that_met_it(run, tmp_path, monkeypatch, stage):
-    out, real = tmp_path / "full", os.fsync
-
-    def full(descriptor):
-        if list(out.glob(f"stages/{stage}-*")):
-            raise OSError(errno.ENOSPC, "No space left on device")
-        real(descriptor)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "fsync", full)
-        with pytest.raises(StorageError, match=r"no space left while writing .*free some space"):
-            Runner(small(), out).go("evaluate")
-        done = {path.parent.name.rsplit("-", 1)[0] for path in out.glob("stages/*/done.json")}
-        assert done == set(MADE[: MADE.index(stage)]) and not list(out.rglob(".*.part"))
-    Runner(small(), out).go("evaluate")
-    assert stage_files(out) == stage_files(run)
-
-
-@pytest.mark.parametrize(("stage", "loss"), [("pretrain", "phyla.pretrain.simclr.nt_xent"),
-                                             ("cluster", "phyla.cluster.scan.scan_loss"),
-                                             ("refine", "phyla.refine.selflabel.self_label_loss")])
-def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(run, tmp_path, monkeypatch, stage, loss):
-    module, _, name = loss.rpartition(".")
-    real, calls = getattr(sys.modules[module], name), []
-
-    def broken(*args, **options):
-        calls.append(name)
-        found = real(*args, **options)
-        if len(calls) < 2:
-            return found
-        if hasattr(found, "_replace"):
-            return found._replace(total=found.total * torch.nan)
-        return (found[0] * torch.nan, found[1]) if isinstance(found, tuple) else found * torch.nan
-
-    out = tmp_path / "broken"
-    with monkeypatch.context() as patched:
-        patched.setattr(loss, broken)
-        with pytest.raises(NonFiniteLossError, match=f"{stage}: the loss is not finite at step 1") as raised:
-            Runner(small(), out).go("evaluate")
-        assert raised.value.exit_code == 1 and f"--set {stage}.lr" in raised.value.hint
-    done = {path.parent.name.rsplit("-", 1)[0] for path in out.glob("stages/*/done.json")}
-    assert done == set(MADE[: MADE.index(stage)])
-    Runner(small(), out).go("evaluate")
-    assert stage_files(out) == stage_files(run)
 
 
 # ── what is refused ───────────────────────────────────────────────────────────────────────────────────────────────

@@ -90,7 +90,7 @@ class Line:
         self.done += n
         self.note = note or self.note
         now = time.monotonic()
-        if now - self.told >= LINE_SECONDS:
+        if now - self.told >= LINE_SECONDS and self.done != self.total:  # the last line is written by finish
             self.told = now
             self._write(now)
 

@@ -4,7 +4,6 @@ import io
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -31,7 +30,7 @@ def write_assignments(path: Path | str, chunks: Iterable[Assignment]) -> int:
             return stream_csv(out, chunks, delimiter="\t" if suffix == ".tsv" else ",")
 
 
-def stream_csv(out: TextIO, chunks: Iterable[Assignment], *, delimiter: str = ",") -> int:
+def stream_csv(out: io.TextIOBase, chunks: Iterable[Assignment], *, delimiter: str = ",") -> int:
     """Write a header and one row an image to an open text file; return the number of rows."""
     out.write(delimiter.join(COLUMNS) + "\n")
     n_rows = 0

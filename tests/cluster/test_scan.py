@@ -78,7 +78,7 @@ def test_consistency_is_symmetric_and_entropy_is_that_of_the_anchors():
 
 def test_golden_values_and_gradients():
     held = np.load(GOLDEN, allow_pickle=False)
-    anchor, neighbor = (torch.from_numpy(held[f"scan_{name}_logits"]).requires_grad_() for name in ("anchor", "neighbor"))
+    anchor, neighbor = (torch.from_numpy(held[f"scan_{of}_logits"]).requires_grad_() for of in ("anchor", "neighbor"))
     loss = scan_loss(anchor, neighbor, entropy_weight=float(held["scan_entropy_weight"]))
     for name, part in loss._asdict().items():
         assert part.item() == pytest.approx(float(held[f"scan_{name}"]), rel=1e-9)
@@ -183,7 +183,7 @@ def test_a_fresh_network_starts_at_minus_nine_point_two(noise, noise_neighbors, 
         noise, neighbors=noise_neighbors, encoder=encoder)
     start = fitted.history_[0]
     assert start["loss"] == pytest.approx(math.log(10) * (1 - 5), abs=0.5), "-9.2, were the first logits all equal"
-    assert start["consistency"] == pytest.approx(math.log(10), abs=0.2)
+    assert start["consistency"] == pytest.approx(math.log(10), abs=0.4)
     assert start["loss"] == pytest.approx(start["consistency"] - 5 * start["entropy"], rel=1e-5)
 
 
@@ -283,7 +283,8 @@ def test_many_heads_are_as_many_fits_of_one_head(tmp_path, monkeypatch):
 
     def fit(name: str, *heads: int) -> dict[str, Tensor]:
         def same(self: ClusterHeads, generator: torch.Generator) -> None:
-            self.weight.data, self.bias.data = both.weight.data[list(heads)].clone(), both.bias.data[list(heads)].clone()
+            self.weight.data = both.weight.data[list(heads)].clone()
+            self.bias.data = both.bias.data[list(heads)].clone()
 
         monkeypatch.setattr(ClusterHeads, "initialise", same)
         tiny(n_heads=len(heads), n_epochs=5).fit(rows, folder=tmp_path / name)
@@ -332,8 +333,8 @@ def test_cached_views_are_drawn_once_from_the_fits_own_seed(noise, noise_neighbo
     assert drawn.shape == (3, 32, 32) and torch.equal(drawn, again) and not torch.allclose(drawn, other)
     assert not torch.allclose(drawn[0], drawn[1]), "each view is drawn anew"
     with torch.no_grad():
-        torch.testing.assert_close(plain, encoder.eval()(WIDE.plain()(torch.from_numpy(noise.array), torch.Generator())),
-                                   rtol=1e-4, atol=1e-5)
+        expected = encoder.eval()(WIDE.plain()(torch.from_numpy(noise.array), torch.Generator()))
+    torch.testing.assert_close(plain, expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(fitted.predict_proba(noise), fitted.probabilities_, atol=1e-5)
 
 
@@ -372,17 +373,19 @@ def test_more_clusters_than_classes_divide_the_classes():
 
 
 def test_class_prior_moves_the_sizes():
-    rows, true = blobs((51, 9))
+    rows, true = blobs((45, 15))
 
     def fit(prior: tuple[float, ...] | None) -> SCAN:
-        return tiny(n_clusters=2, class_prior=prior, n_epochs=40, lr=0.05, batch_size=60).fit(rows)
+        return tiny(n_clusters=2, class_prior=prior, n_epochs=60, lr=0.1).fit(rows)
 
-    even, uneven = fit(None), fit((0.15, 0.85))
+    even, uneven = fit(None), fit((0.25, 0.75))
     assert even.probabilities_.mean(axis=0) == pytest.approx([0.5, 0.5], abs=0.1)
     assert hungarian_accuracy(true, even.labels_) < 0.9, "an even use of clusters divides the large class"
-    assert uneven.probabilities_.mean(axis=0) == pytest.approx([0.15, 0.85], abs=0.05)
-    assert np.bincount(uneven.labels_).tolist() == [9, 51]
-    assert hungarian_accuracy(true, uneven.labels_) == 1.0
+    assert uneven.probabilities_.mean(axis=0) == pytest.approx([0.25, 0.75], abs=0.05)
+    assert np.bincount(uneven.labels_).tolist() == [15, 45] and hungarian_accuracy(true, uneven.labels_) == 1.0
+    score = neighbor_score(uneven.probabilities_, find_neighbors(rows, 20).indices[:, :5])
+    expected = score - uneven.probabilities_.mean(axis=0) @ np.log([0.25, 0.75])
+    assert uneven.score_ == pytest.approx(expected, abs=1e-5), "the epoch is chosen by the prior too"
 
 
 def test_all_images_in_one_cluster_is_a_collapse_and_warned_of():
@@ -404,8 +407,8 @@ def test_one_cluster_and_duplicated_images_are_no_trouble():
 
 @pytest.mark.parametrize("path", ["images", "heads", "cached", "embeddings"])
 @pytest.mark.parametrize("call", [2, 5])
-def test_killed_and_started_again_it_ends_bit_equal(noise, noise_neighbors, encoder, killed, tmp_path, monkeypatch, path,
-                                                    call):
+def test_killed_and_started_again_it_ends_bit_equal(noise, noise_neighbors, encoder, killed, tmp_path, monkeypatch,
+                                                    path, call):
     options = {"images": {}, "heads": {"update": "heads"}, "cached": {"update": "heads", "cached_views": 2},
                "embeddings": {}}[path]
 
@@ -479,10 +482,10 @@ def test_defaults_are_the_published_configuration():
 @pytest.mark.parametrize(("options", "said"), [
     ({"n_clusters": 0}, "n_clusters must be at least 1, got 0"), ({"n_heads": 0}, "n_heads must be at least 1"),
     ({"n_clusters": 61}, "n_clusters=61 needs at least 61 images, got 60.* hint: lower n_clusters"),
-    ({"n_selection_neighbors": 0}, "n_selection_neighbors must be at least 1"), ({"batch_size": 1}, "batch_size must be"),
+    ({"n_selection_neighbors": 0}, "n_selection_neighbors must be at least 1"), ({"batch_size": 1}, "batch_size must"),
     ({"n_epochs": 0}, "n_epochs must be at least 1"), ({"cached_views": -1}, "cached_views must be at least 0"),
     ({"cached_views": 2}, "cached_views needs a frozen encoder.*update=heads"),
-    ({"class_prior": (0.5, 0.5)}, "class_prior needs 3 shares"), ({"class_prior": (0.5, 0.6, -0.1)}, "class_prior needs 3"),
+    ({"class_prior": (0.5, 0.5)}, "class_prior needs 3 shares"), ({"class_prior": (0.5, 0.6, -0.1)}, "needs 3 shares"),
     ({"class_prior": (1.0, 1.0, 1.0)}, "sum to 1"), ({"class_prior": (0.5, 0.5, math.nan)}, "sum to 1"),
     ({"optimizer": "adamw"}, "optimizer='adamw' is not allowed. hint: did you mean adam"),
     ({"update": "head"}, "update='head' is not allowed. hint: did you mean heads"),

@@ -384,8 +384,8 @@ class _FromEmbeddings:
 
 def _check_neighbors(neighbors: Neighbors, n_images: int) -> None:
     if neighbors.indices.shape != (n_images, max(1, neighbors.n_neighbors)):
-        raise InputError(f"the neighbors belong to another set: {neighbors.n_neighbors} each of {len(neighbors)} images, "
-                         f"for {n_images} images", "find them again for these images")
+        raise InputError(f"the neighbors belong to another set: {neighbors.n_neighbors} each of {len(neighbors)} "
+                         f"images, not of {n_images}", "find them again for these images")
 
 
 def _rows(embeddings: Embeddings | np.ndarray | ImageSet) -> np.ndarray:

@@ -1,0 +1,153 @@
+"""Embeddings: rows in the order of the ids, whatever the batch; the network as it was before."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from phyla.embed import device_of, embed, forward_all, weights_fingerprint
+from phyla.errors import InputError
+from phyla.images.augment import Views
+from phyla.images.batches import Streaming
+from phyla.progress import shown_by
+from phyla.randomness import generator
+from phyla.training.device import Device
+from phyla.types import ImageSet
+
+PLAIN = Views("plain", 8)
+
+
+class Means(nn.Module):
+    """Stands for an encoder whose embeddings say which image they are of: the mean of each channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batches: list[int] = []
+        self.modes: list[bool] = []
+
+    def forward(self, views: Tensor) -> Tensor:
+        self.batches.append(len(views))
+        self.modes.append(self.training or torch.is_grad_enabled())
+        return views.mean(dim=(2, 3))
+
+
+def test_rows_are_in_the_order_of_the_ids(digits):
+    views = Views("plain", 8, mean=(0.0,) * 3, std=(1.0,) * 3)
+    found = embed(digits, Means(), views, batch_size=7)
+    np.testing.assert_allclose(found.values, digits.array.mean(axis=(1, 2)) / 255, rtol=1e-5)
+    assert list(found.ids) == list(digits.ids) and found.values.dtype == np.float32
+    turned = digits.select(np.arange(len(digits))[::-1])
+    np.testing.assert_array_equal(embed(turned, Means(), views).values, found.values[::-1])
+
+
+def test_every_image_goes_through_once_in_evaluation_mode_without_a_graph(digits):
+    net = Means()
+    embed(digits, net, PLAIN, batch_size=20)
+    assert net.batches == [20, 20, 8] and not any(net.modes)
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 48, 1000])
+def test_batch_size_changes_nothing_but_speed(digits, encoder, batch_size):
+    np.testing.assert_allclose(embed(digits, encoder, PLAIN, batch_size=batch_size).values,
+                               embed(digits, encoder, PLAIN).values, rtol=1e-4, atol=1e-5)
+
+
+def test_embeddings_are_those_of_the_encoder(digits, encoder):
+    with torch.no_grad():
+        expected = encoder.eval()(PLAIN(torch.from_numpy(digits.array), generator(0, "any")))
+    np.testing.assert_allclose(embed(digits, encoder, PLAIN).values, expected, rtol=1e-4, atol=1e-5)
+    again = embed(digits, encoder, PLAIN)
+    assert np.array_equal(again.values, embed(digits, encoder, PLAIN).values)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_encoder_is_left_as_it_was(digits, encoder, training):
+    before = weights_fingerprint(encoder)
+    embed(digits, encoder.train(training), PLAIN)
+    assert encoder.training is training and encoder.layer1.training is training
+    assert weights_fingerprint(encoder) == before, "BatchNorm's statistics too"
+
+
+def test_the_mode_is_restored_when_the_network_fails(digits, encoder):
+    def failing(views: Tensor) -> Tensor:
+        raise RuntimeError("no memory")
+
+    with pytest.raises(RuntimeError, match="no memory"):
+        forward_all(digits, encoder.train(), failing, PLAIN)
+    assert encoder.training
+
+
+def test_random_views_are_named_by_a_seed(digits):
+    strong = Views("strong", 8)
+    once, again, other = (forward_all(digits, net := Means(), net, strong, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(once, again) and not torch.allclose(once, other)
+
+
+def test_any_function_of_the_views_keeps_its_shape_and_type(digits, encoder):
+    found = forward_all(digits, encoder, lambda views: views[:, 0].double(), PLAIN, batch_size=9)
+    assert found.shape == (48, 8, 8) and found.dtype == torch.float64
+
+
+def test_half_precision_comes_back_as_float32(digits, encoder):
+    half = embed(digits, encoder, PLAIN, device=Device(torch.device("cpu"), "bf16"))
+    assert half.values.dtype == np.float32
+    full = embed(digits, encoder, PLAIN).values
+    assert np.abs(half.values - full).max() < 0.05 * np.abs(full).max()
+
+
+def test_images_on_disk_are_read_a_batch_at_a_time(digits, tmp_path, monkeypatch):
+    np.save(tmp_path / "pixels.npy", digits.array)
+    mapped = ImageSet(np.load(tmp_path / "pixels.npy", mmap_mode="r"), digits.ids)
+    monkeypatch.setattr("phyla.embed.open_pixels", Streaming)
+    found = embed(mapped, net := Means(), PLAIN, batch_size=10)
+    assert net.batches == [10, 10, 10, 10, 8]
+    np.testing.assert_array_equal(found.values, forward_all(digits, net, net, PLAIN))
+
+
+def test_progress_counts_images(digits):
+    counts = []
+
+    class Shown:
+        def start(self, description: str, total: int | None, unit: str, done: int) -> "Shown":
+            counts.append((description, total, unit))
+            return self
+
+        def advance(self, n: int = 1, note: str = "") -> None:
+            counts.append(n)
+
+        def stop(self, bar: object) -> None:
+            counts.append("end")
+
+    with shown_by(Shown()):
+        embed(digits, Means(), PLAIN, batch_size=30)
+        forward_all(digits, Means(), Means(), PLAIN)
+    assert counts == [("embed", 48, "image"), 30, 18, "end"], "and without a title nothing is shown"
+
+
+def test_no_image_is_an_error(encoder):
+    none = ImageSet(np.zeros((0, 8, 8, 3), np.uint8), [])
+    with pytest.raises(InputError, match="no image"):
+        embed(none, encoder, PLAIN)
+
+
+def test_weights_fingerprint_sees_parameters_and_buffers(encoder):
+    prints = [weights_fingerprint(encoder)]
+    with torch.no_grad():
+        encoder.layer4[1].conv2.weight[0, 0, 0, 0] += 1e-3
+        prints.append(weights_fingerprint(encoder))
+        encoder.bn1.num_batches_tracked += 1
+        prints.append(weights_fingerprint(encoder))
+    assert len(set(prints)) == 3 and weights_fingerprint(encoder) == prints[-1]
+
+
+def test_a_network_says_where_it_is(encoder):
+    assert device_of(encoder).device.type == "cpu" and device_of(nn.Identity()).device.type == "cpu"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_without_a_device_it_computes_where_the_encoder_is(digits, encoder):
+    on_cpu = embed(digits, encoder, PLAIN).values
+    on_gpu = embed(digits, encoder.cuda(), PLAIN).values
+    assert next(encoder.parameters()).is_cuda
+    assert np.abs(on_gpu - on_cpu).max() < 0.05 * np.abs(on_cpu).max()
