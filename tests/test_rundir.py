@@ -50,7 +50,7 @@ def test_a_new_folder_is_marked_and_known_again(tmp_path):
     RunDir(out, IDENTITY)
     assert json.loads((out / MARKER).read_text()) == IDENTITY
     RunDir(out, IDENTITY)
-    with pytest.raises(InputError, match=r"holds another run: recipe 'scan-digits' \(now 'scan-stl10'\).*another --out"):
+    with pytest.raises(InputError, match=r"another run: recipe 'scan-digits' \(now 'scan-stl10'\).*another --out"):
         RunDir(out, IDENTITY | {"recipe": "scan-stl10"})
     assert json.loads((out / MARKER).read_text()) == IDENTITY
 
@@ -113,8 +113,8 @@ def test_what_killed_writers_left_is_swept(tmp_path):
 
 def test_a_stage_is_made_once_for_its_options_and_inputs(tmp_path):
     calls = []
-    for options, inputs in [({"a": 1}, ["x"]), ({"a": 1}, ["x"]), ({"a": 2}, ["x"]), ({"a": 1}, ["y"]), ({"a": 1}, ["x"])]:
-        stage = RunDir(tmp_path, IDENTITY).stage("embed", options, inputs, maker(calls))
+    for option, given in [(1, "x"), (1, "x"), (2, "x"), (1, "y"), (1, "x")]:
+        stage = RunDir(tmp_path, IDENTITY).stage("embed", {"a": option}, [given], maker(calls))
         assert stage.facts["fact"] == 3 and stage.facts["seconds"] >= 0
         assert (stage.folder / "out.txt").read_text() == "made"
     assert len(calls) == 3 == len(set(calls)) and stage.was_kept

@@ -99,7 +99,7 @@ class Classifier:
             net = ClusterNet(encoder, heads)
             net.load_state_dict(load_file(folder / "model.safetensors"))
             return cls(net, views_from(held["views"]), held["size"], held["names"], held["facts"])
-        except (SafetensorError, RuntimeError, LookupError, TypeError, ValueError, OSError) as error:
+        except (SafetensorError, RuntimeError, LookupError, TypeError, ValueError, AttributeError, OSError) as error:
             told = (str(error).splitlines() or [type(error).__name__])[0][:120]
             raise CorruptFileError(f"the classifier in {folder} cannot be read ({told})",
                                    "give the run's command again to rebuild it") from error
@@ -155,7 +155,8 @@ class Classifier:
             return read_image(picture, self.size)
         if isinstance(picture, Image.Image):
             return square(_rgb(picture), self.size)
-        return square(from_array(picture[None]).array[0], self.size)
+        last = picture.ndim == 3 and picture.shape[2] in (1, 3, 4)  # (1, 40, 3) is a strip of pixels
+        return square(from_array(picture[None], channels="last" if last else None).array[0], self.size)
 
     def _resized(self, images: ImageSet) -> ImageSet:
         if images.size == (self.size, self.size):

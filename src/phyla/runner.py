@@ -470,8 +470,10 @@ def _recorded(run: Path) -> tuple[Pipeline, str | None]:
 
 
 def _from_anywhere(pipeline: Pipeline) -> Pipeline:
-    """Return the pipeline with a path as its source made absolute: the run is opened from other folders, too."""
-    source = pipeline.data.source
+    """Return the pipeline with its paths made absolute: the run is opened from other folders, too."""
+    source, pretrain = pipeline.data.source, pipeline.pretrain
+    if isinstance(pretrain, PublishedEncoder) and pretrain.path:
+        pipeline = replace(pipeline, pretrain=replace(pretrain, path=_absolute(pretrain.path) or ""))
     if not source or data_set_name(source) is not None:
         return pipeline
     return replace(pipeline, data=replace(pipeline.data, source=_absolute(source) or source))

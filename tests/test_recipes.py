@@ -1,0 +1,282 @@
+"""Every recipe against the published configuration, and options laid over them by name."""
+
+import dataclasses
+import json
+from dataclasses import asdict, replace
+
+import pytest
+
+from phyla.cluster.scan import SCAN
+from phyla.errors import DataNotFoundError, InputError
+from phyla.images.augment import STRONG
+from phyla.images.catalog import DATASETS, split_parts
+from phyla.nets.resnet import EncoderSpec
+from phyla.pipeline import Data, Pipeline
+from phyla.pretrain.simclr import SimCLR
+from phyla.recipes import RECIPES, change, from_file, from_options, recipe, with_checkpoint, with_seed, with_size
+from phyla.refine.selflabel import SelfLabel
+from phyla.zoo import PublishedEncoder
+
+CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+CIFAR20 = ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+SMALL_SETS = ("scan-cifar10", "scan-cifar20", "scan-stl10")
+IMAGENETS = ("scan-imagenet50", "scan-imagenet100", "scan-imagenet200", "scan-imagenet1000")
+
+# Van Gansbeke et al. 2020, their released configurations, a column a data set.
+PUBLISHED = {
+    "scan-cifar10": {"source": "cifar10", "n_clusters": 10, "size": 32, "norm": CIFAR10, "stem": "cifar",
+                     "scan_batch": 128, "scan_epochs": 50, "self_epochs": 200, "cutout": 16},
+    "scan-cifar20": {"source": "cifar20", "n_clusters": 20, "size": 32, "norm": CIFAR20, "stem": "cifar",
+                     "scan_batch": 512, "scan_epochs": 100, "self_epochs": 200, "cutout": 16},
+    "scan-stl10": {"source": "stl10", "n_clusters": 10, "size": 96, "norm": IMAGENET, "stem": "stl",
+                   "scan_batch": 128, "scan_epochs": 100, "self_epochs": 100, "cutout": 32},
+    "scan-imagenet50": {"source": "imagenet50", "n_clusters": 50, "scan_batch": 512},
+    "scan-imagenet100": {"source": "imagenet100", "n_clusters": 100, "scan_batch": 1024},
+    "scan-imagenet200": {"source": "imagenet200", "n_clusters": 200, "scan_batch": 1024},
+    "scan-imagenet1000": {"source": "imagenet", "n_clusters": 1000, "scan_batch": 4096},
+}
+
+
+def has(stage: object, **wanted: object) -> None:
+    assert {name: getattr(stage, name) for name in wanted} == wanted
+
+
+# ── the published configurations ──────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("name", SMALL_SETS)
+def test_pretext_of_the_small_sets_is_the_published_one(name):
+    wanted, pipeline = PUBLISHED[name], recipe(name)
+    has(pipeline.pretrain, encoder=EncoderSpec("resnet18", wanted["stem"], 64), n_projection=128, temperature=0.1,
+        n_epochs=500, batch_size=512, lr=0.4, momentum=0.9, weight_decay=1e-4, warmup="0 epochs", symmetric=False)
+    assert pipeline.pretrain.lr * pipeline.pretrain.lr_floor == pytest.approx(0.4 * 0.1**3)
+    has(pipeline.embed, layer="projection")
+    has(pipeline.neighbors, n_neighbors=20, n_held_out=5)
+
+
+@pytest.mark.parametrize("name", SMALL_SETS)
+def test_clustering_of_the_small_sets_is_the_published_one(name):
+    wanted, pipeline = PUBLISHED[name], recipe(name)
+    has(pipeline.cluster, n_clusters=wanted["n_clusters"], n_heads=1, entropy_weight=5.0, class_prior=None,
+        update="all", forwards="two", cached_views=0, select="neighbor_score", n_selection_neighbors=5,
+        optimizer="adam", lr=1e-4, weight_decay=1e-4, n_epochs=wanted["scan_epochs"], batch_size=wanted["scan_batch"])
+    has(pipeline.refine, threshold=0.99, balanced=True, ema="off", weak_mode="batch", optimizer="adam", lr=1e-4,
+        weight_decay=1e-4, n_epochs=wanted["self_epochs"], batch_size=1000, keep="last")
+
+
+@pytest.mark.parametrize("name", SMALL_SETS)
+def test_views_of_the_small_sets_are_the_published_ones(name):
+    wanted, pipeline = PUBLISHED[name], recipe(name)
+    is_simclr(pipeline.pretrain.views, wanted["size"], wanted["norm"])
+    for stage in (pipeline.cluster, pipeline.refine):
+        is_strong(stage.views, wanted["size"], wanted["norm"], wanted["cutout"])
+
+
+@pytest.mark.parametrize("name", IMAGENETS)
+def test_imagenet_is_the_published_one(name):
+    wanted, pipeline = PUBLISHED[name], recipe(name)
+    assert pipeline.pretrain == PublishedEncoder(path="", stem="imagenet", views=pipeline.pretrain.views)
+    has(pipeline.embed, layer="encoder")
+    has(pipeline.neighbors, n_neighbors=50, n_held_out=5)
+    has(pipeline.data, size=256)
+    has(pipeline.cluster, n_clusters=wanted["n_clusters"], n_heads=10, entropy_weight=5.0, update="heads",
+        cached_views=0, optimizer="sgd", lr=5.0, momentum=0.9, weight_decay=0.0, n_epochs=100,
+        batch_size=wanted["scan_batch"], select="neighbor_score")
+    for stage in (pipeline.pretrain, pipeline.cluster):
+        is_simclr(stage.views, 224, IMAGENET)
+    if name == "scan-imagenet1000":
+        assert pipeline.refine is None
+        return
+    has(pipeline.refine, threshold=0.99, balanced=False, ema="write_back", ema_decay=0.999, optimizer="sgd", lr=0.03,
+        momentum=0.9, weight_decay=0.0, n_epochs=25, batch_size=512, weak_mode="batch", keep="last")
+    is_strong(pipeline.refine.views, 224, IMAGENET, 75)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_images_are_the_published_ones(name):
+    data, held_out = recipe(name).data, "val" if "imagenet" in name else "test"
+    has(data, source=PUBLISHED[name]["source"], split="train", held_out=held_out, limit=None, select_on="held_out",
+        pretrain_split="train+unlabeled" if name == "scan-stl10" else None)
+    for split in filter(None, (data.split, data.held_out, data.pretrain_split)):
+        assert split_parts(data.source, split)
+    assert DATASETS[data.source].n_classes == recipe(name).cluster.n_clusters
+
+
+def is_simclr(views, size, norm):
+    has(views, kind="simclr", size=size, mean=norm[0], std=norm[1], crop_scale=(0.2, 1.0), crop_ratio=(3 / 4, 4 / 3),
+        flip=0.5, jitter=0.8, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, grey=0.2)
+
+
+def is_strong(views, size, norm, cutout):
+    has(views, kind="strong", size=size, mean=norm[0], std=norm[1], flip=0.5, operations=STRONG, rotate=30.0, shear=0.1,
+        translate=0.1, cutout=cutout)
+    assert views.n_operations in (None, 4)
+
+
+# ── all recipes ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_fits_together(name):
+    pipeline = recipe(name)
+    assert pipeline.name == name
+    sizes = {stage.views.size for stage in (pipeline.pretrain, pipeline.cluster, pipeline.refine) if stage}
+    norms = {(s.views.mean, s.views.std) for s in (pipeline.pretrain, pipeline.cluster, pipeline.refine) if s}
+    assert len(sizes) == len(norms) == 1
+    assert "Expected" in (RECIPES[name].__doc__ or "") or name == "scan-folder"
+    assert recipe(name) is not recipe(name)
+    assert name == "scan-folder" or pipeline.data.source in DATASETS
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_options_lead_back_to_the_pipeline(name):
+    pipeline = with_seed(recipe(name), 7)
+    for options in (pipeline.options(), json.loads(json.dumps(pipeline.options()))):
+        again = from_options(options)
+        assert again.options() == pipeline.options()
+        assert [type(getattr(again, part)) for part in ("pretrain", "cluster", "refine")] == [
+            type(getattr(pipeline, part)) for part in ("pretrain", "cluster", "refine")]
+
+
+def test_changed_options_lead_back_too():
+    pipeline = with_checkpoint(with_size(recipe("scan-cifar10"), 48), "moco.pth.tar")
+    for key, value in {"cluster.class_prior": ",".join(["0.1"] * 10), "data.limit": "50", "refine": "none",
+                       "cluster.views.operations": "rotate,equalize", "data.select_on": "train"}.items():
+        pipeline = change(pipeline, key, value)
+    again = from_options(json.loads(json.dumps(pipeline.options())))
+    assert again.options() == pipeline.options() and again.refine is None
+    assert again.pretrain == PublishedEncoder("moco.pth.tar", "cifar", pipeline.pretrain.views)
+
+
+def test_an_unknown_recipe_gets_the_nearest_name():
+    with pytest.raises(InputError, match=r"no recipe 'scan-cifar-10'. hint: did you mean scan-cifar10\?"):
+        recipe("scan-cifar-10")
+    with pytest.raises(InputError, match="allowed: scan-cifar10, "):
+        recipe("zzz")
+
+
+def test_a_seed_goes_to_every_stage_that_draws():
+    pipeline = with_seed(recipe("scan-digits"), 3)
+    assert [stage.random_state for stage in (pipeline.pretrain, pipeline.cluster, pipeline.refine, pipeline.evaluate)
+            ] == [3, 3, 3, 3]
+    assert recipe("scan-digits").cluster.random_state == 0
+    held = with_seed(recipe("scan-imagenet1000"), 3)  # a published encoder draws nothing, and nothing refines
+    assert held.cluster.random_state == 3 and held.pretrain == recipe("scan-imagenet1000").pretrain
+
+
+def test_another_size_goes_to_images_and_views():
+    pipeline = with_size(recipe("scan-stl10"), 48)
+    assert [pipeline.data.size] + [s.views.size for s in (pipeline.pretrain, pipeline.cluster, pipeline.refine)] == [48] * 4
+    assert pipeline.cluster.views.cutout == 16
+    with pytest.raises(InputError, match="at least 1 pixel"):
+        with_size(recipe("scan-stl10"), 0)
+
+
+# ── options by name ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(("key", "value", "read"), [
+    ("pretrain.n_epochs", "7", 7), ("pretrain.n_epochs", 7, 7), ("pretrain.n_epochs", 7.0, 7),
+    ("cluster.lr", "1e-3", 1e-3), ("cluster.lr", 1, 1.0), ("cluster.lr", "-2", -2.0),
+    ("pretrain.symmetric", "true", True), ("pretrain.symmetric", "No", False), ("pretrain.symmetric", 1, True),
+    ("pretrain.symmetric", False, False), ("refine.balanced", "OFF", False),
+    ("pretrain.warmup", "10 epochs", "10 epochs"), ("pretrain.warmup", "none", "none"),
+    ("cluster.optimizer", "sgd", "sgd"), ("data.limit", "none", None), ("data.limit", "100", 100),
+    ("data.held_out", "", None), ("data.held_out", "test", "test"), ("data.held_out", None, None),
+    ("cluster.class_prior", "0.3, 0.7", (0.3, 0.7)), ("cluster.class_prior", [0.3, 0.7], (0.3, 0.7)),
+    ("cluster.class_prior", "None", None), ("cluster.class_prior", "(0.3,0.7,)", (0.3, 0.7)),
+    ("cluster.views.operations", "rotate", ("rotate",)), ("cluster.views.crop_scale", "[0.1, 0.9]", (0.1, 0.9)),
+    ("cluster.views.n_operations", "2", 2), ("pretrain.encoder.width", "8", 8), ("pretrain.encoder.name", "resnet50", "resnet50"),
+])
+def test_an_option_is_read_as_its_type(key, value, read):
+    before = recipe("scan-cifar10")
+    found = changed = change(before, key, value)
+    for name in key.split("."):
+        found = getattr(found, name)
+    assert found == read and type(found) is type(read)
+    assert before.options() == recipe("scan-cifar10").options() != changed.options() or read in (None, "", False, 4)
+
+
+@pytest.mark.parametrize(("key", "value", "wanted"), [
+    ("cluster.entropy_wieght", "2", "no option 'cluster.entropy_wieght': SCAN has no 'entropy_wieght'.*entropy_weight"),
+    ("clustr.lr", "2", "Pipeline has no 'clustr'.*did you mean cluster"),
+    ("pretrain.encoder.widht", "2", "EncoderSpec has no 'widht'.*width"),
+    ("pretrain.encoder.nam", "2", "did you mean name"),
+    ("pretrain.views.szie", "2", "Views has no 'szie'.*size"),
+    ("name.x", "2", "Pipeline has no 'name'"), ("lr", "2", "names no stage.*STAGE.OPTION=VALUE"), ("", "", "names no stage"),
+    ("cluster.", "2", "SCAN has no ''"), ("cluster.lr.x", "2", "lr has no parts"),
+    ("cluster.n_epochs", "1.5", "=1.5 is not a whole number"), ("cluster.n_epochs", 1.5, "not a whole number"),
+    ("cluster.n_epochs", "many", "not a whole number"), ("cluster.n_epochs", None, "not a whole number"),
+    ("cluster.n_epochs", float("inf"), "not a whole number"),
+    ("cluster.lr", "fast", "=fast is not a number"), ("cluster.lr", "nan", "=nan is not a number"),
+    ("cluster.lr", "1e999", "not a number"), ("cluster.lr", [1], "not a number"), ("cluster.lr", 10**400, "not a number"),
+    ("pretrain.symmetric", "maybe", "=maybe is not true or false"), ("pretrain.symmetric", "", "not true or false"),
+    ("cluster.optimizer", "adm", "=adm is not allowed.*did you mean adam"), ("cluster.optimizer", ["adam"], "is not allowed"),
+    ("cluster.views", "strong", r"cannot be set as one value.*cluster.views.NAME"),
+    ("cluster.views.crop_scale", "0.5", "views cannot be made with crop_scale"),
+    ("cluster.views.operations", "rotat", "no operation 'rotat' for views.*rotate"),
+    ("cluster.class_prior", "a,b", "not a number"), ("data.limit", "few", "not a whole number"),
+    ("refine.threshold", "high", "not a number"), ("refine", "maybe", "names no stage"),
+])
+def test_an_option_that_cannot_be_is_refused_in_one_line(key, value, wanted):
+    with pytest.raises(InputError, match=wanted) as raised:
+        change(recipe("scan-digits"), key, value)
+    assert "\n" not in str(raised.value)
+
+
+def test_an_option_of_a_stage_that_is_not_there_is_refused():
+    with pytest.raises(InputError, match="this recipe has no refine stage"):
+        change(recipe("scan-imagenet1000"), "refine.threshold", "0.9")
+    assert change(recipe("scan-imagenet1000"), "refine", "off").refine is None
+
+
+def test_every_option_of_every_recipe_can_be_set_to_itself():
+    for name in RECIPES:
+        pipeline = recipe(name)
+        for part in ("data", "pretrain", "embed", "neighbors", "cluster", "refine", "evaluate"):
+            stage = getattr(pipeline, part)
+            for field in dataclasses.fields(stage) if stage else ():
+                value = getattr(stage, field.name)
+                if not dataclasses.is_dataclass(value):
+                    typed = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+                    assert change(pipeline, f"{part}.{field.name}", typed).options() == pipeline.options()
+
+
+# ── files of options ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_file_names_a_recipe_and_what_differs(tmp_path):
+    (tmp_path / "mine.toml").write_text(
+        'recipe = "scan-cifar10"\nrefine = "none"\n[data]\nlimit = 500\n[cluster]\nentropy_weight = 2\n'
+        'class_prior = [0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1]\n[pretrain.encoder]\nwidth = 8\n', "utf-8")
+    made, plain = from_file(tmp_path / "mine.toml"), recipe("scan-cifar10")
+    assert made.refine is None and made.data == replace(plain.data, limit=500)
+    assert made.pretrain.encoder == EncoderSpec(width=8)
+    assert asdict(made.cluster) == asdict(plain.cluster) | {"entropy_weight": 2.0, "class_prior": (0.1,) * 10}
+
+
+@pytest.mark.parametrize(("text", "wanted"), [
+    (b"recipe = scan", r"mine.toml is not TOML: .*line 1.*hint: text is quoted"), (b"\xff", "is not TOML"),
+    (b"[cluster]\nlr = 1", 'names no recipe.*recipe = "scan-cifar10"'), (b"recipe = 3", "names no recipe"),
+    (b"recipe = 'scan-cifr10'", "did you mean scan-cifar10"), (b"recipe = 'scan-digits'\nlr = 1", "names no stage"),
+    (b"recipe = 'scan-digits'\n[clustr]\nlr = 1", "did you mean cluster"),
+    (b"recipe = 'scan-digits'\n[cluster.lr]\nx = 1", "lr has no parts"),
+    (b"recipe = 'scan-digits'\n[cluster]\nlr = 1979-05-27", "not a number"),
+])
+def test_a_file_that_cannot_be_used_is_refused_in_one_line(tmp_path, text, wanted):
+    (tmp_path / "mine.toml").write_bytes(text)
+    with pytest.raises(InputError, match=wanted) as raised:
+        from_file(tmp_path / "mine.toml")
+    assert "\n" not in str(raised.value)
+
+
+def test_a_file_that_is_not_there_is_told(tmp_path):
+    with pytest.raises(DataNotFoundError, match="there is no file"):
+        from_file(tmp_path / "mine.toml")
+
+
+def test_a_pipeline_is_put_together_from_its_methods():
+    made = Pipeline("mine", Data("digits"), SimCLR(), SCAN(), SelfLabel())
+    assert made.options()["methods"] == {"pretrain": "SimCLR", "cluster": "SCAN", "refine": "SelfLabel"}
+    assert made.embed.layer == "projection" and made.neighbors.n_neighbors == 20
