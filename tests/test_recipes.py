@@ -76,7 +76,8 @@ def test_views_of_the_small_sets_are_the_published_ones(name):
 @pytest.mark.parametrize("name", IMAGENETS)
 def test_imagenet_is_the_published_one(name):
     wanted, pipeline = PUBLISHED[name], recipe(name)
-    assert pipeline.pretrain == PublishedEncoder(path="", stem="imagenet", views=pipeline.pretrain.views)
+    assert isinstance(pipeline.pretrain, PublishedEncoder)
+    has(pipeline.pretrain, path="", stem="imagenet")
     has(pipeline.embed, layer="encoder")
     has(pipeline.neighbors, n_neighbors=50, n_held_out=5)
     has(pipeline.data, size=256)
@@ -146,7 +147,8 @@ def test_changed_options_lead_back_too():
         pipeline = change(pipeline, key, value)
     again = from_options(json.loads(json.dumps(pipeline.options())))
     assert again.options() == pipeline.options() and again.refine is None
-    assert again.pretrain == PublishedEncoder("moco.pth.tar", "cifar", pipeline.pretrain.views)
+    assert isinstance(again.pretrain, PublishedEncoder)
+    has(again.pretrain, path="moco.pth.tar", stem="cifar", views=pipeline.pretrain.views)
 
 
 def test_an_unknown_recipe_gets_the_nearest_name():
@@ -162,12 +164,13 @@ def test_a_seed_goes_to_every_stage_that_draws():
             ] == [3, 3, 3, 3]
     assert recipe("scan-digits").cluster.random_state == 0
     held = with_seed(recipe("scan-imagenet1000"), 3)  # a published encoder draws nothing, and nothing refines
-    assert held.cluster.random_state == 3 and held.pretrain == recipe("scan-imagenet1000").pretrain
+    assert held.cluster.random_state == 3 and asdict(held.pretrain) == asdict(recipe("scan-imagenet1000").pretrain)
 
 
 def test_another_size_goes_to_images_and_views():
     pipeline = with_size(recipe("scan-stl10"), 48)
-    assert [pipeline.data.size] + [s.views.size for s in (pipeline.pretrain, pipeline.cluster, pipeline.refine)] == [48] * 4
+    stages = pipeline.pretrain, pipeline.cluster, pipeline.refine
+    assert [pipeline.data.size, *(stage.views.size for stage in stages)] == [48] * 4
     assert pipeline.cluster.views.cutout == 16
     with pytest.raises(InputError, match="at least 1 pixel"):
         with_size(recipe("scan-stl10"), 0)
@@ -187,15 +190,16 @@ def test_another_size_goes_to_images_and_views():
     ("cluster.class_prior", "0.3, 0.7", (0.3, 0.7)), ("cluster.class_prior", [0.3, 0.7], (0.3, 0.7)),
     ("cluster.class_prior", "None", None), ("cluster.class_prior", "(0.3,0.7,)", (0.3, 0.7)),
     ("cluster.views.operations", "rotate", ("rotate",)), ("cluster.views.crop_scale", "[0.1, 0.9]", (0.1, 0.9)),
-    ("cluster.views.n_operations", "2", 2), ("pretrain.encoder.width", "8", 8), ("pretrain.encoder.name", "resnet50", "resnet50"),
+    ("cluster.views.n_operations", "2", 2), ("pretrain.encoder.width", "8", 8),
+    ("pretrain.encoder.name", "resnet50", "resnet50"),
 ])
 def test_an_option_is_read_as_its_type(key, value, read):
     before = recipe("scan-cifar10")
-    found = changed = change(before, key, value)
+    found = change(before, key, value)
     for name in key.split("."):
         found = getattr(found, name)
     assert found == read and type(found) is type(read)
-    assert before.options() == recipe("scan-cifar10").options() != changed.options() or read in (None, "", False, 4)
+    assert before.options() == recipe("scan-cifar10").options()
 
 
 @pytest.mark.parametrize(("key", "value", "wanted"), [
@@ -204,17 +208,21 @@ def test_an_option_is_read_as_its_type(key, value, read):
     ("pretrain.encoder.widht", "2", "EncoderSpec has no 'widht'.*width"),
     ("pretrain.encoder.nam", "2", "did you mean name"),
     ("pretrain.views.szie", "2", "Views has no 'szie'.*size"),
-    ("name.x", "2", "Pipeline has no 'name'"), ("lr", "2", "names no stage.*STAGE.OPTION=VALUE"), ("", "", "names no stage"),
+    ("name.x", "2", "Pipeline has no 'name'"), ("lr", "2", "names no stage.*STAGE.OPTION=VALUE"),
+    ("", "", "names no stage"),
     ("cluster.", "2", "SCAN has no ''"), ("cluster.lr.x", "2", "lr has no parts"),
     ("cluster.n_epochs", "1.5", "=1.5 is not a whole number"), ("cluster.n_epochs", 1.5, "not a whole number"),
     ("cluster.n_epochs", "many", "not a whole number"), ("cluster.n_epochs", None, "not a whole number"),
     ("cluster.n_epochs", float("inf"), "not a whole number"),
     ("cluster.lr", "fast", "=fast is not a number"), ("cluster.lr", "nan", "=nan is not a number"),
-    ("cluster.lr", "1e999", "not a number"), ("cluster.lr", [1], "not a number"), ("cluster.lr", 10**400, "not a number"),
+    ("cluster.lr", "1e999", "not a number"), ("cluster.lr", [1], "not a number"),
+    ("cluster.lr", 10**400, "not a number"),
     ("pretrain.symmetric", "maybe", "=maybe is not true or false"), ("pretrain.symmetric", "", "not true or false"),
-    ("cluster.optimizer", "adm", "=adm is not allowed.*did you mean adam"), ("cluster.optimizer", ["adam"], "is not allowed"),
+    ("cluster.optimizer", "adm", "=adm is not allowed.*did you mean adam"),
+    ("cluster.optimizer", ["adam"], "is not allowed"),
     ("cluster.views", "strong", r"cannot be set as one value.*cluster.views.NAME"),
-    ("cluster.views.crop_scale", "0.5", "views cannot be made with crop_scale"),
+    ("cluster.views.crop_scale", "0.5", "takes 2 values, got 1"), ("cluster.views.mean", [0.1, 0.2], "takes 3 values"),
+    ("cluster.views.crop_scale", "0.9,0.5", "views cannot be made with crop_scale"),
     ("cluster.views.operations", "rotat", "no operation 'rotat' for views.*rotate"),
     ("cluster.class_prior", "a,b", "not a number"), ("data.limit", "few", "not a whole number"),
     ("refine.threshold", "high", "not a number"), ("refine", "maybe", "names no stage"),

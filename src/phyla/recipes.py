@@ -294,9 +294,12 @@ def _parsed(value: object, kind: object, key: str) -> object:
         return value
     if get_origin(kind) is tuple:
         parts = value if isinstance(value, list | tuple) else str(value).strip("[]() ").split(",")
-        inner = get_args(kind)[0]
+        kinds = get_args(kind)
         named = [part.strip() if isinstance(part, str) else part for part in parts]
-        return tuple(_parsed(part, inner, key) for part in named if part != "")
+        named = [part for part in named if part != ""]
+        if Ellipsis not in kinds and len(named) != len(kinds):
+            raise InputError(f"{key} takes {len(kinds)} values, got {len(named)}", "write them with commas between")
+        return tuple(_parsed(part, kinds[0], key) for part in named)
     return _scalar(value, kind, key)
 
 

@@ -83,11 +83,11 @@ class ClusterNet(nn.Module):
         super().__init__()
         self.encoder, self.heads = encoder, heads
 
-    def forward(self, views: Float[Tensor, "batch *view"]) -> Float[Tensor, "heads batch clusters"]:
+    def forward(self, views: Float[Tensor, "batch ..."]) -> Float[Tensor, "heads batch clusters"]:
         """Return the logits of every head."""
         return self.heads(self.encoder(views))
 
-    def probabilities(self, views: Float[Tensor, "batch *view"]) -> Float[Tensor, "batch heads clusters"]:
+    def probabilities(self, views: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch heads clusters"]:
         """Return the softmax of every head in float32 or better, images first."""
         return self.heads.probabilities(self.encoder(views))
 
