@@ -49,7 +49,7 @@ def test_a_new_folder_is_marked_and_known_again(tmp_path):
     out = tmp_path / "deep" / "run"
     RunDir(out, IDENTITY)
     assert json.loads((out / MARKER).read_text()) == IDENTITY
-    RunDir(out, IDENTITY)
+    RunDir(out, IDENTITY).stage("neighbors", {}, [], lambda folder: {})
     with pytest.raises(InputError, match=r"another run: recipe 'scan-digits' \(now 'scan-stl10'\).*another --out"):
         RunDir(out, IDENTITY | {"recipe": "scan-stl10"})
     assert json.loads((out / MARKER).read_text()) == IDENTITY
@@ -279,3 +279,10 @@ def test_where_files_cannot_be_linked_they_are_copied(tmp_path, monkeypatch):
     (tmp_path / "b.npy").write_bytes(b"arraz")
     assert not is_placed(tmp_path / "a.npy", tmp_path / "b.npy")
     assert not is_placed(tmp_path / "a.npy", tmp_path / "c.npy")
+
+
+def test_a_folder_in_which_nothing_was_made_is_free_for_another_run(tmp_path):
+    RunDir(tmp_path / "run", IDENTITY)
+    other = IDENTITY | {"recipe": "scan-stl10"}
+    RunDir(tmp_path / "run", other)
+    assert json.loads((tmp_path / "run" / MARKER).read_text()) == other

@@ -11,6 +11,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
@@ -62,7 +63,8 @@ def _verb(name: str, until: str, text: str) -> None:
     def verb(what: What = "scan-digits", out: Out = None, classes: Classes = None, seed: Seed = None,
              limit: Limit = None, size: Size = None, encoder: Encoder = None, option: Set = None,
              data: DataDir = None, labels: Labels = None, device: DeviceName = "auto",
-             precision: Precision = "auto", strict: Strict = False, offline: Offline = False, quiet: Quiet = False, as_json: AsJson = False) -> None:
+             precision: Precision = "auto", strict: Strict = False, offline: Offline = False, quiet: Quiet = False,
+             as_json: AsJson = False) -> None:
         from phyla.display import showing
 
         with showing(quiet=quiet):
@@ -295,16 +297,16 @@ def _table(rows: Sequence["Scores"]) -> str:
     shown = [row for row in rows if any(name in row.values for name in columns)]
     lines = [["method", "split", "images", *columns.values()]]
     for row in shown:
-        numbers = [row.values.get(name) for name in columns]
-        lines.append([row.method, row.split, str(row.n_images), *("-" if x is None else _number(x) for x in numbers)])
+        cells = [_number(name, row.values[name]) if name in row.values else "-" for name in columns]
+        lines.append([row.method, row.split, str(row.n_images), *cells])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     text = ["  ".join(cell.ljust(width) if column < 2 else cell.rjust(width)
                       for column, (cell, width) in enumerate(zip(line, widths, strict=True))) for line in lines]
     return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
 
 
-def _number(x: float) -> str:
-    return f"{x:.0f}" if x > 1 and x.is_integer() else f"{x:.3f}"
+def _number(name: str, x: float) -> str:
+    return f"{x:.0f}" if name.endswith("clusters") and float(x).is_integer() else f"{x:.3f}"
 
 
 def _json(value: object) -> str:
@@ -354,7 +356,8 @@ def main() -> None:
 
 def _guarded(command: Callable[..., object], ours: type[Exception]) -> int:
     try:
-        code = command(standalone_mode=False)
+        code = command(prog_name="phyla", standalone_mode=False)
+        sys.stdout.flush()
     except ours as error:
         return _failed(str(error), getattr(error, "exit_code", 1))
     except (KeyboardInterrupt, typer.Abort):
@@ -362,11 +365,12 @@ def _guarded(command: Callable[..., object], ours: type[Exception]) -> int:
     except (BrokenPipeError, SystemExit) as error:  # the command line library turns the first into the second
         if not isinstance(error, BrokenPipeError) and not isinstance(error.__context__, BrokenPipeError):
             raise
-        # The reader of our stdout has gone, as in `phyla predict ... | head`.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        _drop_stdout()  # its reader has gone, as in `phyla predict ... | head`
         return 0
-    except OSError as error:  # the system's own words name the file
-        return _failed(str(error), 1)
+    except OSError as error:  # in the system's own words
+        _drop_stdout()
+        told = error.strerror or str(error)
+        return _failed(f"{error.filename}: {told}" if error.filename else told, 1)
     except Exception as error:
         if not hasattr(error, "format_message"):
             raise
@@ -378,6 +382,12 @@ def _guarded(command: Callable[..., object], ours: type[Exception]) -> int:
     if code == 130:  # the library's code for an interrupt, when it has caught it first
         _say("stopped; give the same command again to go on where it was")
     return code if isinstance(code, int) else 0
+
+
+def _drop_stdout() -> None:
+    """Send what is still to be written nowhere: writing it would fail again when Python ends, and be shouted about."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _failed(message: str, code: int) -> int:

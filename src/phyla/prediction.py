@@ -127,7 +127,9 @@ def _folder_name(name: str) -> str:
 
 
 def _file_name(image: str) -> str:
-    return image.lstrip("/").replace("/", "__").replace(":", "_")
+    name = re.sub(r"[\x00-\x1f:*?\"<>|\\]", "_", image.lstrip("/").replace("/", "__"))
+    # An id made of a name that is not text ends in a digest: it goes before the ending, so that viewers know the file.
+    return re.sub(r"^(.*)(\.\w+)~([0-9a-f]{8})$", r"\1~\3\2", name)
 
 
 def _free(path: Path) -> Path:

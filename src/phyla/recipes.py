@@ -86,9 +86,10 @@ def scan_stl10() -> Pipeline:
 
 
 def scan_imagenet50() -> Pipeline:
-    """Cluster 50 ImageNet classes as published, from a MoCo v2 encoder that is not trained further in stage 2.
+    """Cluster 50 ImageNet classes from a MoCo v2 encoder that is not trained further in stage 2.
 
-    Paper: SCAN. Needs moco_v2_800ep_pretrain.pth.tar: --set pretrain.path=FILE.
+    Paper: SCAN; options as published, crops taken from the central square instead of the oblong picture. Needs
+    moco_v2_800ep_pretrain.pth.tar: found in PHYLA_DATA, or named with --set pretrain.path=FILE.
     Command: phyla run scan-imagenet50 --set pretrain.path=FILE            Cost: 1.1e17 FLOP and self-labelling; a GPU.
     Expected (authors, best run): SCAN 75.1, self-label 76.8.
     """
@@ -96,7 +97,7 @@ def scan_imagenet50() -> Pipeline:
 
 
 def scan_imagenet100() -> Pipeline:
-    """Cluster 100 ImageNet classes as published; see scan-imagenet50.
+    """Cluster 100 ImageNet classes; see scan-imagenet50.
 
     Expected (authors, best run): SCAN 66.2, self-label 68.9.
     """
@@ -104,7 +105,7 @@ def scan_imagenet100() -> Pipeline:
 
 
 def scan_imagenet200() -> Pipeline:
-    """Cluster 200 ImageNet classes as published; see scan-imagenet50.
+    """Cluster 200 ImageNet classes; see scan-imagenet50.
 
     Expected (authors, best run): SCAN 56.3, self-label 58.1.
     """

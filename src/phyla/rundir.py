@@ -90,7 +90,9 @@ class RunDir:
             raise InputError(f"{self.path} is not empty and not a run folder", "choose another --out")
         if MARKER in entries:
             held = read_json(marker)
-            if held != identity:
+            if held != identity and not any(self.path.glob("stages/*/done.json")):
+                write_json(marker, identity)  # a first command that failed before anything was made claims nothing
+            elif held != identity:
                 told = ", ".join(f"{name} {held.get(name)!r} (now {value!r})" for name, value in identity.items()
                                  if held.get(name) != value)
                 raise InputError(f"{self.path} holds another run: {told}", "choose another --out; nothing was changed")

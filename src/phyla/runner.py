@@ -441,12 +441,12 @@ class Runner:
 
 
 def recorded_pipeline(run: Path) -> Pipeline:
-    """Return the pipeline that a run folder records, options as they were last given."""
+    """Return the pipeline whose result a run folder shows; of one that shows none yet, as it was last given."""
     return _recorded(run)[0]
 
 
 def recorded_labels(run: Path) -> str | None:
-    """Return where a run folder's true labels are from, as they were last given; None for none."""
+    """Return where the true labels of ``recorded_pipeline`` are from; None for none."""
     return _recorded(run)[1]
 
 
@@ -461,11 +461,12 @@ def reopen(run: Path, *, data_dir: Path | None = None, labels: str | None = None
 def _recorded(run: Path) -> tuple[Pipeline, str | None]:
     if not (run / OPTIONS).exists():
         raise InputError(f"{run} is not a run folder", "give the folder of a run, such as runs/scan-digits")
-    held = read_json(run / OPTIONS)
+    shown = run / "run.json"  # a later command that failed must not change what the folder is
+    held = read_json(shown if shown.exists() else run / OPTIONS)
     try:
         return from_options(held["options"]), held["labels"]
     except (KeyError, TypeError) as error:
-        raise InputError(f"{run / OPTIONS} is not of this version of phyla ({error})",
+        raise InputError(f"{run} is not of this version of phyla ({error})",
                          "give the recipe again") from error
 
 

@@ -44,7 +44,8 @@ def atomic(path: Path | str) -> Iterator[Path]:
         temporary.replace(path)
     except OSError as error:
         _remove(temporary)
-        if isinstance(error, StorageError) or error.errno not in _WRITE_ERRORS:
+        ours = error.errno in _PLACE_ERRORS and str(error.filename) == str(temporary)
+        if isinstance(error, StorageError) or not (ours or error.errno in _WRITE_ERRORS):
             raise
         raise storage_error(path, error) from error
     except BaseException:
@@ -65,6 +66,7 @@ def remove_partial(path: Path | str) -> None:
 
 
 _AGAIN = "delete it and give the command again"
+_PLACE_ERRORS = {errno.ENOENT, errno.EISDIR, errno.ENOTEMPTY, errno.EINVAL}  # when they are about our own file
 _WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EFBIG,
                  errno.ENAMETOOLONG, errno.EIO, errno.EEXIST}
 
@@ -73,9 +75,11 @@ def storage_error(path: Path, error: OSError) -> StorageError:
     """Return the one clear line for a write that failed."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return StorageError(f"no space left while writing {path}",
-                            "free some space and give the same command again: it goes on where it was")
+                            "free some space and give the same command again; what was finished is kept")
     reason = "its folder is a file" if error.errno == errno.EEXIST else error.strerror or error
-    return StorageError(f"cannot write {path}: {reason}", "choose a place you may write with --out")
+    told = StorageError(f"cannot write {path}: {reason}", "choose another place, one you may write in")
+    told.exit_code = 2  # the user's to mend, where a full disk or a failing one may not be
+    return told
 
 
 def write_bytes(path: Path | str, data: bytes) -> None:
@@ -85,8 +89,11 @@ def write_bytes(path: Path | str, data: bytes) -> None:
 
 
 def write_text(path: Path | str, text: str) -> None:
-    """Write UTF-8 ``text`` with plain newlines to ``path``, whole or not at all."""
-    write_bytes(path, text.encode())
+    """Write UTF-8 ``text`` with plain newlines to ``path``, whole or not at all.
+
+    A file name that is not valid UTF-8 becomes an escape such as ``\\udce9``, which JSON reads back as it was.
+    """
+    write_bytes(path, text.encode(errors="backslashreplace"))
 
 
 def write_json(path: Path | str, value: object) -> None:

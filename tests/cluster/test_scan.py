@@ -20,6 +20,7 @@ from phyla.images.augment import Views
 from phyla.neighbors import find_neighbors
 from phyla.nets.heads import ClusterHeads
 from phyla.quality import neighbor_score
+from phyla.training.device import choose_device
 from phyla.types import Embeddings, ImageSet, Neighbors
 
 pytestmark = pytest.mark.usefixtures("warm")
@@ -188,9 +189,10 @@ def test_a_fresh_network_starts_at_minus_nine_point_two(noise, noise_neighbors, 
 
 
 @may_collapse
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(("update", "optimizer"), [("all", "Adam"), ("heads", "SGD")])
 def test_what_trains_receives_a_gradient_and_what_is_frozen_none(noise, noise_neighbors, encoder, monkeypatch, update,
-                                                                 optimizer):
+                                                                 optimizer, precision):
     seen: dict[int, Tensor] = {}
     kind = getattr(torch.optim, optimizer)
     step = kind.step
@@ -203,7 +205,7 @@ def test_what_trains_receives_a_gradient_and_what_is_frozen_none(noise, noise_ne
     monkeypatch.setattr(kind, "step", watched)
     monkeypatch.setattr(scan, "Loop", lambda *a, **k: nets.append(k["state"]["net"]) or Loop(*a, **k))
     tiny(views=WIDE, n_epochs=1, update=update, optimizer=optimizer.lower()).fit(
-        noise, neighbors=noise_neighbors, encoder=encoder)
+        noise, neighbors=noise_neighbors, encoder=encoder, device=choose_device("cpu", precision))
     trained = nets[0] if update == "all" else nets[0].heads
     assert seen.keys() == {id(p) for p in trained.parameters()}
     assert all(grad.isfinite().all() and grad.any() for grad in seen.values())

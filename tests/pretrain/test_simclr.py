@@ -100,7 +100,8 @@ def test_loss_does_not_change_with_the_order_or_a_rotation_and_is_safe_in_float3
 # ── the fit ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_every_weight_receives_a_gradient_and_moves(digits, monkeypatch):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_every_weight_receives_a_gradient(digits, monkeypatch, precision):
     gradients: dict[int, bool] = {}
     step = torch.optim.SGD.step
 
@@ -110,7 +111,7 @@ def test_every_weight_receives_a_gradient_and_moves(digits, monkeypatch):
         step(self)
 
     monkeypatch.setattr(torch.optim.SGD, "step", watched)
-    fitted = tiny(n_epochs=1).fit(digits)
+    fitted = tiny(n_epochs=1).fit(digits, device=choose_device("cpu", precision))
     trained = [*fitted.encoder_.parameters(), *fitted.projection_.parameters()]
     assert {id(p) for p in trained} == gradients.keys() and all(gradients.values())
 
@@ -141,11 +142,15 @@ def test_first_step_is_the_equation_on_two_views_and_sgd_with_decay(digits):
         torch.testing.assert_close(after[name].detach(), expected, rtol=1e-4, atol=1e-6)
 
 
-def test_learning_rate_falls_along_a_cosine_by_epoch_after_the_warm_up(digits):
-    rates = [record["lr"] for record in tiny(n_epochs=4, lr=0.4).fit(digits).history_]
-    assert rates == pytest.approx([4e-4 + 0.5 * (0.4 - 4e-4) * (1 + math.cos(math.pi * e / 4)) for e in range(4)])
-    warm = tiny(n_epochs=2, lr=0.4, warmup="1 epoch").fit(digits)  # 3 steps of an epoch
-    assert warm.history_[0]["lr"] == pytest.approx(0.4 / 3)
+@pytest.mark.parametrize(("warmup", "rise"), [("0 epochs", [1] * 9), ("5 steps", [0.2, 0.4, 0.6, 0.8, *[1] * 5])])
+def test_learning_rate_falls_along_a_cosine_by_epoch_after_the_warm_up(digits, monkeypatch, warmup, rise):
+    rates = []
+    step = torch.optim.SGD.step
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda self: rates.append(self.param_groups[0]["lr"]) or step(self))
+    fitted = tiny(n_epochs=3, lr=0.4, warmup=warmup).fit(digits)  # of three steps
+    fall = [4e-4 + 0.5 * (0.4 - 4e-4) * (1 + math.cos(math.pi * epoch / 3)) for epoch in range(3) for _ in range(3)]
+    assert rates == pytest.approx([up * down for up, down in zip(rise, fall, strict=True)])
+    assert [record["lr"] for record in fitted.history_] == pytest.approx(rates[::3])
 
 
 def test_symmetric_takes_both_directions(digits, monkeypatch):

@@ -22,6 +22,7 @@ from phyla.nets.resnet import ResNet
 from phyla.quality import neighbor_score
 from phyla.refine import selflabel
 from phyla.refine.selflabel import SelfLabel, self_label_loss
+from phyla.training.device import choose_device
 from phyla.types import ImageSet, Neighbors
 
 pytestmark = pytest.mark.usefixtures("warm")
@@ -167,7 +168,8 @@ def test_extreme_logits_give_finite_gradients_that_do_not_vanish(dtype):
 # ── what a step does ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_every_weight_receives_a_gradient(noise, net, monkeypatch):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_every_weight_receives_a_gradient(noise, net, monkeypatch, precision):
     seen: dict[int, Tensor] = {}
     step = torch.optim.SGD.step
 
@@ -176,7 +178,8 @@ def test_every_weight_receives_a_gradient(noise, net, monkeypatch):
         step(self)
 
     monkeypatch.setattr(torch.optim.SGD, "step", watched)
-    fitted = tiny(n_epochs=1).fit(noise, net=net.requires_grad_(False))  # a head-only SCAN leaves its encoder frozen
+    frozen = net.requires_grad_(False)  # as SCAN leaves the encoder when it trains heads alone
+    fitted = tiny(n_epochs=1).fit(noise, net=frozen, device=choose_device("cpu", precision))
     assert seen.keys() == {id(p) for p in fitted.net_.parameters()}
     assert all(grad.isfinite().all() and grad.any() for grad in seen.values())
 
@@ -235,6 +238,24 @@ def test_a_teacher_is_the_average_of_the_weights_and_is_the_result(noise, net, t
         assert torch.equal(fitted.net_.state_dict()[name], teacher[name])
     assert not torch.equal(teacher["encoder.bn1.running_mean"], student["encoder.bn1.running_mean"]), \
         "the teacher's statistics are of plain images, the student's of strong views"
+
+
+def test_a_teacher_makes_the_pseudo_labels(noise, net, monkeypatch):
+    weak, teachers = [], []
+    average = SelfLabel._average
+
+    def watched(self: SelfLabel, net: ClusterNet, teacher: ClusterNet, *, moved: bool) -> None:
+        average(self, net, teacher, moved=moved)
+        teachers.append(copy.deepcopy(teacher))
+
+    monkeypatch.setattr(SelfLabel, "_average", watched)
+    monkeypatch.setattr(selflabel, "self_label_loss",
+                        lambda logits, *a, **k: weak.append(logits) or self_label_loss(logits, *a, **k))
+    tiny(ema="teacher", ema_decay=0.9, n_epochs=1, lr=0.1).fit(noise, net=net)
+    batch = torch.from_numpy(noise.array)[Order(32, 16, 0).epoch(0)[16:]]
+    with torch.no_grad():
+        expected = teachers[0].train()(WIDE.plain()(batch, torch.Generator()))[0]
+    torch.testing.assert_close(weak[1], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_teacher_differs_from_none_and_without_memory_is_none(noise, net):

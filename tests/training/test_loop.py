@@ -525,3 +525,16 @@ def test_an_unwritable_folder_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"cannot write .*checkpoint\.pt"):
         Training(tmp_path / "file").run()
     shutil.rmtree(tmp_path)
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path):
+    net = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    run = Loop("pretrain", Order(4, 4, 0), n_epochs=1, state={"net": net, "optimizer": optimizer}, seed=0,
+               folder=tmp_path)
+    with pytest.raises(NonFiniteLossError, match=r"pretrain: the weights are not finite after step 0.*pretrain\.lr"):
+        for step in run:
+            step.backward(net(torch.ones(1, 2)).sum() * 1e30, optimizer)
+            with torch.no_grad():
+                net.weight.fill_(torch.nan)
+    assert not (tmp_path / "checkpoint.pt").exists()

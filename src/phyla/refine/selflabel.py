@@ -263,8 +263,10 @@ class SelfLabel(ClusterMixin, BaseEstimator):
             notices.append(f"self-labelling stopped early: {self.stopped_}; a lower threshold may help")
             warnings.warn(notices[-1], PhylaWarning, stacklevel=4)
         if self.scores_:
+            tie = self.kept_ == "after" and self.scores_["after"] > self.scores_["before"]
+            why = "; within the margin" if tie and self.keep == "better" else ""
             notices.append(f"kept the network {self.kept_} self-labelling (neighbor score {self.scores_['before']:.4f} "
-                           f"before, {self.scores_['after']:.4f} after; lower is better)")
+                           f"before, {self.scores_['after']:.4f} after; lower is better{why})")
             log.info("refine: %s", notices[-1])
         return notices
 

@@ -26,7 +26,7 @@ from typing import Protocol, TypedDict, cast, runtime_checkable
 import numpy as np
 import torch
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from phyla.errors import CorruptFileError, InputError, NonFiniteLossError
 from phyla.images.batches import Order
@@ -174,6 +174,7 @@ class Loop:
     def save(self) -> None:
         """Write the checkpoint, whole or not at all, if a folder was given; between two steps, as the loop does."""
         self._check()
+        self._check_weights()
         self._saved_at = time.monotonic()
         if self.path is None:
             return
@@ -182,6 +183,13 @@ class Loop:
                 "memory": _plain(self.memory), "history": _plain(self.history), "sums": self.sums,
                 "extras": _plain(self.extras)}
         write_checkpoint(self.path, held)
+
+    def _check_weights(self) -> None:
+        for part in self.state.values():
+            values = part.state_dict().values() if isinstance(part, nn.Module) else ()
+            if not all(bool(value.isfinite().all()) for value in values if value.is_floating_point()):
+                raise NonFiniteLossError(f"{self.name}: the weights are not finite after step {self._next - 1}",
+                                         f"lower the learning rate (--set {self.name}.lr=...)")
 
     def _resume(self) -> None:
         if self.path is None:
