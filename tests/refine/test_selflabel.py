@@ -202,7 +202,11 @@ def test_pseudo_labels_come_from_plain_images_with_the_statistics_asked_for(nois
     seen = []
     monkeypatch.setattr(selflabel, "self_label_loss",
                         lambda weak, *a, **k: seen.append(weak) or self_label_loss(weak, *a, **k))
-    tiny(n_epochs=1, ema=ema, weak_mode=weak_mode).fit(noise, net=net)
+    modes = []
+    forward = ClusterNet.forward
+    monkeypatch.setattr(ClusterNet, "forward", lambda self, views: modes.append(self.training) or forward(self, views))
+    tiny(n_epochs=1, ema=ema, weak_mode=weak_mode).fit(noise, net=net.eval())
+    assert modes == [weak_mode == "batch", True] * 2, "strong views always train"
     batch = torch.from_numpy(noise.array)[Order(32, 16, 0).epoch(0)[:16]]
     with torch.no_grad():
         expected = net.train(weak_mode == "batch")(WIDE.plain()(batch, torch.Generator()))[0]
