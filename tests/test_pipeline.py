@@ -1,8 +1,10 @@
 """A run from images to report: what it leaves, what it does again and what not, and what it refuses."""
 
 import json
+import os
 import shutil
 import struct
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -26,11 +28,15 @@ from commands import (
     top_files,
 )
 from phyla.errors import CorruptFileError, InputError
+from phyla.nets.resnet import EncoderSpec
 from phyla.pipeline import STAGES, Data
-from phyla.recipes import change, from_options
+from phyla.quality import neighbor_score
+from phyla.recipes import change, from_options, with_checkpoint
 from phyla.runner import Runner, recorded_labels, recorded_pipeline, reopen
+from phyla.storage import write_text
 from phyla.tables import COLUMNS
 from phyla.training.device import choose_device
+from phyla.zoo import PublishedEncoder
 
 pytestmark = pytest.mark.filterwarnings("ignore::phyla.errors.PhylaWarning")
 
@@ -45,7 +51,7 @@ MADE = STAGES[1:]
 def plain_report(monkeypatch):
     """Write a page of a line in the place of the report, which has tests of its own."""
     def write(data, folder):
-        (folder / "report.html").write_text(f"{data.title} {len(data.scores)} {data.truth is not None}")
+        write_text(folder / "report.html", f"{data.title} {len(data.scores)} {data.truth is not None}")
 
     monkeypatch.setattr("phyla.runner.build_report", write)
 
@@ -309,6 +315,64 @@ def test_a_folder_called_like_a_data_set_is_a_folder(tmp_path, monkeypatch):
     pictures(tmp_path / "cifar10", 6)
     assert call("embed", "cifar10", *flags(cluster__n_clusters=2, **TINY_PICTURES), "--out", "run").code == 0
     assert np.load("run/embeddings.npy").shape[0] == 6
+
+
+def test_a_run_among_the_images_is_not_taken_for_images(tmp_path, monkeypatch):
+    pictures(tmp_path, 6)
+    monkeypatch.chdir(tmp_path)
+    made = ["evaluate", ".", "--classes", "2", *flags(**TINY_PICTURES), "--quiet"]
+    assert call(*made).code == 0
+    run = next(tmp_path.glob("runs/*"))
+    picture(run / "map.png", 3)  # a figure of the report
+    assert "nothing to do" in call("evaluate", ".", "--classes", "2", *flags(**TINY_PICTURES)).err
+    assert len(table(run / "assignments.csv")) == 6
+
+
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="names of files are text there")
+def test_a_folder_whose_name_is_not_text_goes_through(tmp_path, plain_report):
+    photos = pictures(Path(os.fsdecode(bytes(tmp_path) + b"/caf\xe9")), 6)
+    made = ["run", photos, "--classes", "2", *flags(**TINY_PICTURES), "--out", tmp_path / "run"]
+    assert call(*made, "--quiet").code == 0
+    assert "nothing to do" in call(*made).err and "nothing to do" in call("run", tmp_path / "run").err
+    assert call("show", tmp_path / "run").out.startswith("command   phyla run ")
+
+
+def test_a_published_checkpoint_takes_the_place_of_training(tmp_path):
+    def checkpoint(seed: int) -> None:
+        net = EncoderSpec(width=4).build(torch.Generator().manual_seed(seed))
+        torch.save({f"backbone.{name}": value for name, value in net.state_dict().items()}, tmp_path / "a.pth.tar")
+
+    def embedded() -> np.ndarray:
+        Runner(pipeline, tmp_path / "run").go("embed")
+        return np.load(tmp_path / "run" / "embeddings.npy")
+
+    checkpoint(0)
+    pipeline = with_checkpoint(small(), str(tmp_path / "a.pth.tar"))
+    first = embedded()
+    assert first.shape == (N_DIGITS, 32) and not Runner(pipeline, tmp_path / "run").go("embed").did_work
+    assert isinstance(recorded_pipeline(tmp_path / "run").pretrain, PublishedEncoder)
+    checkpoint(1)
+    assert not np.allclose(embedded(), first)
+    (tmp_path / "a.pth.tar").unlink()
+    with pytest.raises(InputError, match="there is no checkpoint"):
+        embedded()
+
+
+def test_epochs_are_chosen_on_the_held_out_or_the_training_images(tmp_path):
+    mnist(tmp_path / "data", 30, 20)
+    pipeline = small(data__source="mnist", data__size="8", data__held_out="test", data__limit="none")
+    scores = []
+    for select_on in ("held_out", "train"):
+        runner = Runner(change(pipeline, "data.select_on", select_on), tmp_path / "run", data_dir=tmp_path / "data")
+        runner.go("cluster")
+        cluster = runner.run.stages["cluster"]
+        split = "train" if select_on == "train" else "held_out"
+        images = {"train": runner.train, "held_out": runner.held_out}[split]
+        found = runner.assignment("cluster", split).probabilities
+        scores.append(cluster.facts["score"])
+        assert scores[-1] == pytest.approx(neighbor_score(found, runner.neighbors(split).indices[:, :5]), abs=1e-4)
+        assert len(images) == len(found)
+    assert scores[0] != scores[1]
 
 
 # ── labels never steer ────────────────────────────────────────────────────────────────────────────────────────────

@@ -55,6 +55,13 @@ def test_a_new_folder_is_marked_and_known_again(tmp_path):
     assert json.loads((out / MARKER).read_text()) == IDENTITY
 
 
+def test_a_folder_in_which_nothing_was_made_claims_nothing(tmp_path):
+    RunDir(tmp_path, IDENTITY | {"source": "mnist"})
+    (tmp_path / "stages" / "embed-1").mkdir(parents=True)  # begun, and failed
+    RunDir(tmp_path, IDENTITY)
+    assert json.loads((tmp_path / MARKER).read_text()) == IDENTITY
+
+
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "holiday.jpg").write_bytes(b"x")
     with pytest.raises(InputError, match=r"is not empty and not a run folder.*another --out"):

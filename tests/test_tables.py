@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from phyla.errors import InputError, StorageError
-from phyla.tables import COLUMNS, csv_text, stdout_csv, stream_csv, write_assignments
+from phyla.tables import COLUMNS, stdout_csv, stream_csv, write_assignments
 from phyla.types import Assignment
 
 ODD = ["a,b.png", 'say "cheese".png', "two\nlines.png", "old\rmac.png", "tab\there.png", "größe/日本.png", " spaces ",
@@ -135,7 +135,9 @@ def test_folders_are_made_and_a_place_that_cannot_be_is_one_clear_line(tmp_path)
 
 def test_text_and_standard_output_hold_the_same(capfd, monkeypatch):
     chunk = assignment(len(ODD), 3, ids=ODD)
-    text = csv_text(chunk)
+    out = io.StringIO()
+    stream_csv(out, [chunk])
+    text = out.getvalue()
     assert [row[0] for row in csv.reader(io.StringIO(text, newline=""))][1:] == ODD
     with io.TextIOWrapper(io.BytesIO(), encoding="ascii") as terminal:  # one that cannot spell every name
         monkeypatch.setattr(sys, "stdout", terminal)

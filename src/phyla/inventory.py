@@ -60,7 +60,8 @@ def run_text(facts: Mapping[str, Any]) -> str:
              f"machine   {facts['machine']}",
              "versions  " + ", ".join(f"{name} {text}" for name, text in facts["versions"].items()),
              "images    " + ", ".join(f"{n} {split}" for split, n in facts["n_images"].items()), "stages"]
-    lines += [f"  {name:<10} {facts['stages'][name]['seconds']:>8.1f} s" for name in STAGES if name in facts["stages"]]
+    made = [(name, facts["stages"][name]) for name in STAGES if name in facts["stages"]]
+    lines += [f"  {name:<10} {stage['seconds']:>8.1f} s   {stage.get('device', '')}".rstrip() for name, stage in made]
     for row in facts["scores"]:
         told = ", ".join(f"{name} {value:.4f}" for name, value in sorted(row["values"].items()))
         lines.append(f"{row['method']} ({row['split']}): {told}")

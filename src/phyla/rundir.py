@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from phyla.errors import CorruptFileError, InputError, PhylaError, StorageError
+from phyla.images.folders import RUN_MARKER
 from phyla.nets.heads import Projection
 from phyla.nets.resnet import EncoderSpec, ResNet
 from phyla.storage import (
@@ -38,7 +39,7 @@ from phyla.storage import (
 )
 from phyla.types import Assignment, Embeddings, Neighbors
 
-MARKER = "phyla-run.json"
+MARKER = RUN_MARKER
 OPTIONS = "options.json"
 LINKED = (".npy", ".safetensors")
 
@@ -67,6 +68,7 @@ class RunDir:
     stages : the stages asked for so far
     may_make : names of the stages that may be made; None: all
     remake : names of the stages that are made even if they are there
+    device : in words, what stages are made on; kept with each
     """
 
     def __init__(self, path: Path | str, identity: dict[str, object] | None = None) -> None:
@@ -74,6 +76,7 @@ class RunDir:
         self.stages: dict[str, Stage] = {}
         self.may_make: set[str] | None = None
         self.remake: set[str] = set()
+        self.device = ""
         if identity is not None:
             self._claim(identity)
 
@@ -131,10 +134,11 @@ class RunDir:
             started = time.monotonic()
             facts = make(folder)
             write_json(done, {"key": key, "options": options, "inputs": list(inputs), "facts": facts,
-                              "seconds": round(time.monotonic() - started, 2), "files": _digests(folder)})
+                              "seconds": round(time.monotonic() - started, 2), "files": _digests(folder), "device": self.device})
         with reading(done):
             held = read_json(done)
-            facts = dict(held["facts"]) | {"seconds": float(held["seconds"])}
+            told = {"seconds": float(held["seconds"]), "device": held.get("device", "")}
+            facts = dict(held["facts"]) | told
             if kept:
                 _check(folder, dict(held.get("files", {})))
         (folder / "checkpoint.pt").unlink(missing_ok=True)

@@ -90,6 +90,7 @@ class Runner:
         source = self.pipeline.data.source
         where = data_set_name(source) or (str(Path(source).resolve()) if is_there(Path(source)) else source)
         self.run = RunDir(out, {"format": 1, "recipe": pipeline.name, "source": where})
+        self.run.device = self.device.label
         self.notices: list[str] = []
 
     def rebuild_report(self) -> Result:
@@ -382,7 +383,7 @@ class Runner:
                 "versions": {"phyla": phyla.__version__, "python": platform.python_version()} | packages,
                 "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
                 "n_images": {name: len(images) for name, images in self._splits()},
-                "stages": {name: {"key": stage.key, "seconds": stage.facts["seconds"]}
+                "stages": {name: {"key": stage.key, "seconds": stage.facts["seconds"], "device": stage.facts["device"]}
                            for name, stage in self.run.stages.items()}}
 
     def _told(self) -> dict[str, object]:

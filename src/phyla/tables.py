@@ -40,13 +40,6 @@ def stream_csv(out: io.TextIOBase, chunks: Iterable[Assignment], *, delimiter: s
     return n_rows
 
 
-def csv_text(chunk: Assignment) -> str:
-    """Return the rows of one assignment as CSV text with a header."""
-    out = io.StringIO()
-    stream_csv(out, [chunk])
-    return out.getvalue()
-
-
 def stdout_csv(chunks: Iterable[Assignment]) -> int:
     """Write CSV to standard output as UTF-8, whatever the terminal's encoding."""
     sys.stdout.flush()

@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -202,8 +203,8 @@ def test_float64_stays_float64() -> None:
 
 def test_a_spec_is_what_a_file_can_hold() -> None:
     spec = EncoderSpec("resnet50", "imagenet", 16)
-    assert EncoderSpec(**spec.to_dict()) == spec
-    assert spec.to_dict() == {"name": "resnet50", "stem": "imagenet", "width": 16}
+    assert EncoderSpec(**asdict(spec)) == spec
+    assert asdict(spec) == {"name": "resnet50", "stem": "imagenet", "width": 16}
     assert spec.build(seeded()).spec is spec
 
 

@@ -24,6 +24,9 @@ _log = logging.getLogger("phyla")
 _ENDINGS = tuple(SUFFIXES)
 LIST_SUFFIXES = (".txt", ".csv", ".tsv")
 PATH_COLUMNS = ("path", "file", "filename", "image")
+RUN_MARKER = "phyla-run.json"
+"""The file by which a run folder is known."""
+
 CHUNK = 256
 _TASK = 8  # images a thread decodes in one go: enough to outweigh handing them over
 _NAMED_SKIPS = 20  # files named in the log one by one; the rest are counted
@@ -52,8 +55,8 @@ class Chunk(NamedTuple):
 def find_images(source: Path | str) -> list[ImageFile]:
     """Return the image files of a folder (all levels), of a list file, or the one file that ``source`` is.
 
-    Order is that of the relative paths. Hidden files and folders are left out, each folder is visited once however many
-    links lead to it, and a folder or link that cannot be read is kept, so that decoding reports it.
+    Order is that of the relative paths. Hidden files and folders and run folders are left out, each folder is visited
+    once however many links lead to it, and a folder or link that cannot be read is kept, so that decoding reports it.
 
     Raises
     ------
@@ -111,12 +114,17 @@ def _identity(folder: str) -> tuple[int, int] | str:
 
 
 def _entries(folder: str, relative: str) -> Iterator[tuple[str, str, bool]]:
-    """Yield (relative path, path, whether a folder) of a folder's images and folders, sorted by relative path."""
+    """Yield (relative path, path, whether a folder) of a folder's images and folders, sorted by relative path.
+
+    Nothing of a run folder: `phyla run .` puts its figures below the images, and is not to take them for images.
+    """
     try:
         with os.scandir(folder) as scan:
             entries = [entry for entry in scan if not entry.name.startswith(".") and entry.name != "__MACOSX"]
     except OSError:
         yield relative, folder, False
+        return
+    if any(entry.name == RUN_MARKER for entry in entries):
         return
     # A folder sorts as its name and a slash, so that the whole walk is sorted by relative path.
     named = {entry.name + "/" if _is_folder(entry) else entry.name: entry for entry in entries}

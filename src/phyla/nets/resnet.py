@@ -6,7 +6,7 @@ averaged activations after the last ReLU, so they are not negative.
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -52,10 +52,6 @@ class EncoderSpec:
             net = ResNet(self)
         initialise(net, generator)
         return net
-
-    def to_dict(self) -> dict[str, object]:
-        """Return the fields, for JSON."""
-        return asdict(self)
 
 
 class BasicBlock(nn.Module):
