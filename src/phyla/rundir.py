@@ -134,7 +134,8 @@ class RunDir:
             started = time.monotonic()
             facts = make(folder)
             write_json(done, {"key": key, "options": options, "inputs": list(inputs), "facts": facts,
-                              "seconds": round(time.monotonic() - started, 2), "files": _digests(folder), "device": self.device})
+                              "seconds": round(time.monotonic() - started, 2), "files": _digests(folder),
+                              "device": self.device})
         with reading(done):
             held = read_json(done)
             told = {"seconds": float(held["seconds"]), "device": held.get("device", "")}
