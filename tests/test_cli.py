@@ -256,7 +256,7 @@ def test_odd_files_are_skipped_by_name_and_odd_names_are_kept(odd, tmp_path):
 
 def test_strict_stops_at_the_first_of_them(odd, tmp_path):
     said = call("embed", odd, "--classes", "3", *flags(**TINY_PICTURES), "--out", tmp_path / "run", "--strict", "-q")
-    assert said.code != 0 and len(said.err.splitlines()) == 1
+    assert said.code == 2 and len(said.err.splitlines()) == 1
     assert said.err.startswith("error: 'a/cut.jpg' is damaged") and "leave out --strict" in said.err
 
 
