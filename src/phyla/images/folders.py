@@ -315,7 +315,8 @@ def report_skipped(skipped: Sequence[tuple[str, str]]) -> None:
 def _report(skipped: Sequence[tuple[str, str]], before: int, strict: bool) -> int:
     for name, reason in skipped:
         if strict:
-            damaged = CorruptFileError(f"{name!r} {reason}", "mend or remove it, or leave out --strict to skip such files")
+            damaged = CorruptFileError(f"{name!r} {reason}",
+                                       "mend or remove it, or leave out --strict to skip such files")
             damaged.exit_code = 2  # the user asked to be stopped, and it is theirs to mend
             raise damaged
         before += 1
