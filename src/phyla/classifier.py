@@ -17,7 +17,7 @@ from phyla.embed import forward_all
 from phyla.errors import CorruptFileError, DataNotFoundError, InputError
 from phyla.images.arrays import from_array
 from phyla.images.augment import Views, views_from
-from phyla.images.decode import read_image, square, to_eight_bits
+from phyla.images.decode import read_image, square, to_rgb
 from phyla.images.folders import stream_images
 from phyla.nets.heads import ClusterHeads, ClusterNet
 from phyla.nets.resnet import EncoderSpec, ResNet
@@ -154,7 +154,8 @@ class Classifier:
         if isinstance(picture, str | Path):
             return read_image(picture, self.size)
         if isinstance(picture, Image.Image):
-            return square(_rgb(picture), self.size)
+            upright = ImageOps.exif_transpose(picture)  # as reading its file would give it
+            return square(np.asarray(to_rgb(upright)), self.size)
         last = picture.ndim == 3 and picture.shape[2] in (1, 3, 4)  # (1, 40, 3) is a strip of pixels
         return square(from_array(picture[None], channels="last" if last else None).array[0], self.size)
 
@@ -163,15 +164,3 @@ class Classifier:
             return images
         pixels = np.stack([square(picture, self.size) for picture in images.array])
         return ImageSet(pixels, images.ids, images.name)
-
-
-def _rgb(image: Image.Image) -> np.ndarray:
-    """Return what reading the image's file would give: upright, on white, uint8 (height, width, 3)."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode in ("I", "F") or image.mode.startswith("I;"):
-        return np.asarray(Image.fromarray(to_eight_bits(np.asarray(image))).convert("RGB"))
-    if image.has_transparency_data:
-        opaque = Image.new("RGBA", image.size, "white")
-        opaque.alpha_composite(image.convert("RGBA"))
-        image = opaque
-    return np.asarray(image.convert("RGB"))

@@ -114,7 +114,7 @@ def _pixels(image: ImageFile, size: int | None) -> np.ndarray:
         raise _NotAnImageError(f"has {width} x {height} pixels")
     image.load()
     turn = _UPRIGHT.get(_orientation(image))
-    rgb = _rgb(image.transpose(turn) if turn is not None else image)
+    rgb = to_rgb(image.transpose(turn) if turn is not None else image)
     return np.array(rgb if size is None else _square(rgb, size))  # a copy: what Pillow lends cannot be written to
 
 
@@ -128,7 +128,8 @@ def _orientation(image: ImageFile) -> int:
         return 1
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return a picture of any mode in RGB: transparent ones on white, more than 8 bits scaled to 8."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
