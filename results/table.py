@@ -7,14 +7,18 @@ A result is a mean and a spread over seeds, with the options, versions and machi
 """
 
 import json
+import re
 import statistics
 import sys
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
 BEGIN, END = "<!-- results: begin (written by `make table`) -->", "<!-- results: end -->"
 SHOWN = {"hungarian_accuracy": "Hungarian accuracy", "nmi": "NMI", "ari": "ARI"}
+KNN = re.compile(r"knn_accuracy_(\d+)(_memory|_recomputed)?")
+BANKS = {None: "the embeddings", "_memory": "the memory bank", "_recomputed": "the memory bank, recomputed"}
 
 
 def collect(name: str, runs: list[Path]) -> Path:
@@ -41,16 +45,24 @@ def collect(name: str, runs: list[Path]) -> Path:
 
 def table() -> str:
     """Return the Markdown table of every results/*.json."""
-    lines = ["| recipe | images | method | " + " | ".join(SHOWN.values()) + " | seeds |",
-             "| --- | --- | --- | " + "--- | " * len(SHOWN) + "--- |"]
+    lines = ["| recipe | images | method | " + " | ".join(SHOWN.values()) + " | kNN accuracy | seeds |",
+             "| --- | --- | --- | " + "--- | " * len(SHOWN) + "--- | --- |"]
     for path in sorted(HERE.glob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
         for row in result["rows"]:
-            if "hungarian_accuracy" in row["values"]:
-                cells = [_mean_and_spread(row["values"][key]) for key in SHOWN]
-                lines.append(f"| {result['name']} | {row['n_images']:,} {row['split']} | {row['method']} | "
-                             + " | ".join(cells) + f" | {len(result['seeds'])} |")
+            start = f"| {result['name']} | {row['n_images']:,} {row['split']} | "
+            lines += [start + " | ".join(cells) + f" | {len(result['seeds'])} |" for cells in _lines(row)]
     return "\n".join(lines)
+
+
+def _lines(row: dict[str, Any]) -> list[list[str]]:
+    """Return the cells of a row of scores: one line of an assignment, one of each kNN probe of an encoder."""
+    values = row["values"]
+    if "hungarian_accuracy" in values:
+        return [[row["method"], *(_mean_and_spread(values[key]) for key in SHOWN), ""]]
+    probes = [(match, values[name]) for name in sorted(values) if (match := KNN.fullmatch(name))]
+    return [[f"{match[1]} nearest in {BANKS[match[2]]}", *[""] * len(SHOWN),
+             _mean_and_spread(found)] for match, found in probes]
 
 
 def write_readme() -> None:

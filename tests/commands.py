@@ -17,8 +17,9 @@ from PIL import Image
 
 from phyla.cli import main
 from phyla.errors import PhylaWarning
+from phyla.overrides import change
 from phyla.pipeline import Pipeline
-from phyla.recipes import change, recipe
+from phyla.recipes import recipe
 
 SMALL = {"pretrain.encoder.width": "4", "pretrain.n_epochs": "1", "pretrain.batch_size": "20", "cluster.n_epochs": "2",
          "cluster.batch_size": "20", "refine.n_epochs": "1", "refine.batch_size": "20", "refine.threshold": "0.2",

@@ -70,6 +70,41 @@ def scan_loss(anchor_logits: Rows, neighbor_logits: Rows, *, entropy_weight: flo
     return consistency - entropy_weight * entropy(average), consistency, entropy(average)
 
 
+def class_contrast(anchors: Rows, positives: Rows) -> float:
+    """Return the cross-entropy of each column, scaled to length 1, picking its own among those of ``positives``."""
+    first, second = ([unit(column) for column in zip(*rows, strict=True)] for rows in (anchors, positives))
+    return mean([-math.log(softmax([dot(a, b) for b in second])[c]) for c, a in enumerate(first)])
+
+
+def nnm_loss(anchor: Rows, augmented: Rows, neighbor: Rows, batch_match: Labels, global_targets: Rows | None, *,
+             entropy_weight: float, global_weight: float = 1.0) -> tuple[float, float, float, float, float]:
+    """Return total, consistency, class contrast, global match and entropy; row by row over the stacked pairs."""
+    first, second, partner = ([softmax(row) for row in rows] for rows in (anchor, augmented, neighbor))
+    anchors, positives = first + second, partner + [first[int(j)] for j in batch_match]
+
+    def disagreement(these: Rows, those: Rows) -> float:
+        return mean([-math.log(dot(p, q)) for p, q in zip(these, those, strict=True)])
+
+    consistency, contrast, matched = disagreement(anchors, positives), class_contrast(anchors, positives), 0.0
+    if global_targets is not None:
+        targets = list(global_targets) * 4
+        matched = disagreement(anchors + positives, targets) + class_contrast(anchors + positives, targets)
+    average = [max(mean([p[c] for p in anchors]), 1e-8) for c in range(len(anchors[0]))]
+    total = consistency + contrast + global_weight * matched - entropy_weight * entropy(average)
+    return total, consistency, contrast, matched, entropy(average)
+
+
+def nearest_other(features: Rows) -> list[int]:
+    """Return the nearest other row by Euclidean distance, the lowest index among equals."""
+    return [min((math.dist(row, other), j) for j, other in enumerate(features) if j != i)[1]
+            for i, row in enumerate(features)]
+
+
+def nnm_score(probabilities: Rows, neighbors: Rows) -> float:
+    """Return SCAN's score plus the class contrast of the probabilities with themselves."""
+    return neighbor_score(probabilities, neighbors) + class_contrast(probabilities, probabilities)
+
+
 def self_label_loss(
     weak_logits: Rows, strong_logits: Rows, *, threshold: float, balanced: bool
 ) -> tuple[float, int]:
@@ -113,6 +148,41 @@ def neighbors(values: Rows, n_neighbors: int, *, normalize: bool = True) -> tupl
         ranked = sorted((-dot(rows[i], rows[j]), j) for j in range(len(rows)) if j != i)[:n_neighbors]
         indices.append([j for _, j in ranked])
         similarities.append([-s for s, _ in ranked])
+    return indices, similarities
+
+
+def reranked(values: Rows, n_neighbors: int, *, k1: int, k2: int) -> tuple[list[list[int]], list[list[float]]]:
+    """Return indices and 1 - Jaccard distance by k-reciprocal re-ranking, every pair of images looked at.
+
+    Equally near ones by index; images that overlap nowhere come in the order of the cosine.
+    """
+    n = len(values)
+    cosine = [[dot(unit(a), unit(b)) for b in values] for a in values]
+    order = neighbors(values, n - 1)[0]
+    ranked = [[i, *order[i]] for i in range(n)]
+
+    def mutual(k: int) -> list[set[int]]:
+        return [{j for j in ranked[i][:k] if i in ranked[j][:k]} for i in range(n)]
+
+    near, half = mutual(k1), mutual(round(k1 / 2))
+    weights = []
+    for i in range(n):
+        members = set(near[i])
+        for j in near[i]:
+            if len(half[j] & near[i]) > 2 / 3 * len(half[j]):
+                members |= half[j]
+        chosen = sorted(members)
+        soft = dict(zip(chosen, softmax([-(2 - 2 * cosine[i][j]) for j in chosen]), strict=True))
+        weights.append([soft.get(j, 0.0) for j in range(n)])
+    if k2 > 1:
+        weights = [[mean([weights[j][c] for j in ranked[i][:k2]]) for c in range(n)] for i in range(n)]
+    indices, similarities = [], []
+    for i in range(n):
+        shared = [math.fsum(map(min, weights[i], weights[j])) for j in range(n)]
+        overlaps = {j: m / (2 - m) for j, m in enumerate(shared) if j != i and m > 0}
+        best = [j for _, j in sorted((-similarity, j) for j, similarity in overlaps.items())]
+        indices.append([*best, *(j for j in order[i] if j not in overlaps)][:n_neighbors])
+        similarities.append([overlaps.get(j, 0.0) for j in indices[-1]])
     return indices, similarities
 
 
@@ -194,3 +264,150 @@ def expected_calibration_error(confidence: Sequence[float], correct: Sequence[bo
             gap = mean([float(correct[i]) for i in inside]) - mean([float(confidence[i]) for i in inside])
             total += len(inside) / len(confidence) * abs(gap)
     return total
+
+
+# ── losses over a memory ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def and_loss(logits: Rows, index: Labels, neighbor: Labels) -> float:
+    """Return the mean over rows of -log of the softmax's mass on the own image and, for an anchor, its neighbor."""
+    losses = []
+    for row, z in enumerate(logits):
+        own = int(index[row % len(index)])
+        p, partner = softmax(z), int(neighbor[own])
+        losses.append(-math.log(p[own] + (p[partner] if partner >= 0 else 0.0)))
+    return mean(losses)
+
+
+def unification_entropy(logits: Rows, index: Labels, *, mask_self: bool = True) -> float:
+    """Return the mean over rows of the softmax's entropy, -10 in the place of the own logit."""
+    entropies = []
+    for row, z in enumerate(logits):
+        values = [float(x) for x in z]
+        if mask_self:
+            values[int(index[row % len(index)])] = -10.0
+        entropies.append(entropy(softmax(values)))
+    return mean(entropies)
+
+
+def relationships(rows: Rows, memory: Rows) -> list[list[float]]:
+    """Return each row's products with every row of the memory, scaled to length 1."""
+    return [unit([dot(row, m) for m in memory]) for row in rows]
+
+
+def augmentation_loss(rows: Rows, fixed: Rows, *, temperature: float) -> float:
+    """Return the loss over pairs of a row and another of ``fixed``: -log p of its other view, -log(1 - p) of the rest.
+
+    ``fixed`` has the values of ``rows`` and is where the gradient stops.
+    """
+    n, losses = len(rows), []
+    for r in range(n):
+        others = [k for k in range(n) if k != r]
+        p = dict(zip(others, softmax([dot(rows[r], fixed[k]) / temperature for k in others]), strict=True))
+        view = (r + n // 2) % n
+        losses.append(-math.log(p[view]) - math.fsum(math.log(1 - p[k]) for k in others if k != view))
+    return mean(losses)
+
+
+def memory_entropies(memory: Rows, *, temperature: float) -> list[float]:
+    return [entropy(softmax([dot(row, other) / temperature for other in memory])) for row in memory]
+
+
+def discover(memory: Rows, n_anchors: int, *, temperature: float) -> list[int]:
+    """Return the nearest other row of each of the ``n_anchors`` rows of lowest entropy, -1 for all others."""
+    spread = memory_entropies(memory, temperature=temperature)
+    anchors = sorted(range(len(memory)), key=lambda i: (spread[i], i))[:n_anchors]
+    nearest = neighbors(memory, 1)[0]
+    return [nearest[i][0] if i in anchors else -1 for i in range(len(memory))]
+
+
+# ── two views through random heads ────────────────────────────────────────────────────────────────────────────────
+
+
+def head_probabilities(rows: Rows, weight: Rows, *, temperature: float, norm: str) -> list[list[float]]:
+    """Return softmax(v W / t) of each row v; ``weight`` (D, K) first has rows or columns scaled to length 1."""
+    by_feature = [unit(row) for row in weight]
+    by_cluster = [unit(column) for column in zip(*weight, strict=True)]
+    prototypes = list(zip(*by_feature, strict=True)) if norm == "feature_rows" else by_cluster
+    return [softmax([dot(row, prototype) / temperature for prototype in prototypes]) for row in rows]
+
+
+def assignment_loss(first: Rows, second: Rows) -> float:
+    """Return minus the mutual information of the pair of clusters that the two views of a random image fall into."""
+    clusters, floor = range(len(first[0])), 2.2e-16
+    pairs = list(zip(first, second, strict=True))
+    raw = [[math.fsum(float(p[c]) * float(q[d]) for p, q in pairs) for d in clusters] for c in clusters]
+    total = math.fsum(x for row in raw for x in row)
+    joint = [[(raw[c][d] + raw[d][c]) / 2 / total for d in clusters] for c in clusters]
+    share = [max(math.fsum(row), floor) for row in joint]
+    return -math.fsum(max(joint[c][d], floor) * math.log(max(joint[c][d], floor) / (share[c] * share[d]))
+                      for c in clusters for d in clusters)
+
+
+# ── learning anew from the clean part (RUC) ───────────────────────────────────────────────────────────────────────
+
+
+def sharpen(p: Sequence[float], *, temperature: float) -> list[float]:
+    raised = [float(x) ** (1 / temperature) for x in p]
+    return [x / math.fsum(raised) for x in raised]
+
+
+def co_refine(labels: Labels, peer: Rows, weight: Sequence[float] | np.ndarray, *, temperature: float
+              ) -> list[list[float]]:
+    """Return each label's one-hot row and the peer's, averaged by the weight of the peer and sharpened."""
+    rows = []
+    for label, r, w in zip(labels, peer, weight, strict=True):
+        mixed = [(1 - float(w)) * float(c == int(label)) + float(w) * float(x) for c, x in enumerate(r)]
+        rows.append(sharpen(mixed, temperature=temperature))
+    return rows
+
+
+def guess(probabilities: Sequence[Rows] | np.ndarray, *, temperature: float) -> list[list[float]]:
+    """Return the sharpened mean over the first axis."""
+    n_rows, n_clusters = len(probabilities[0]), len(probabilities[0][0])
+    return [sharpen([mean([float(view[i][c]) for view in probabilities]) for c in range(n_clusters)],
+                    temperature=temperature) for i in range(n_rows)]
+
+
+def cross_entropy(logits: Rows, targets: Rows) -> float:
+    rows = zip(logits, targets, strict=True)
+    return mean([-math.fsum(float(t) * math.log(x) for t, x in zip(target, softmax(z), strict=True))
+                 for z, target in rows]) if len(logits) else 0.0
+
+
+def mixed_losses(clean_logits: Rows, clean_targets: Rows, noisy_logits: Rows, noisy_targets: Rows, *,
+                 noisy_weight: float) -> tuple[float, float]:
+    """Return the cross-entropy of the clean, and the weighted mean over images and clusters of squared differences."""
+    squares = [(x - float(t)) ** 2 for z, target in zip(noisy_logits, noisy_targets, strict=True)
+               for x, t in zip(softmax(z), target, strict=True)]
+    return cross_entropy(clean_logits, clean_targets), noisy_weight * mean(squares) if squares else 0.0
+
+
+def smoothed_cross_entropy(logits: Rows, labels: Labels, *, smoothing: float) -> float:
+    n_clusters = len(logits[0])
+    targets = [[1 - smoothing if c == int(label) else smoothing / (n_clusters - 1) for c in range(n_clusters)]
+               for label in labels]
+    return cross_entropy(logits, targets)
+
+
+def neighbor_vote(values: Rows, labels: Labels, n_neighbors: int) -> list[bool]:
+    """Return whether each label wins the vote of the nearest rows, the own among them; the lowest of equals wins."""
+    rows, clean = [unit(row) for row in values], []
+    for i, row in enumerate(rows):
+        voters = [j for _, j in sorted((-dot(row, other), j) for j, other in enumerate(rows))[:n_neighbors]]
+        votes = Counter(int(labels[j]) for j in voters)
+        clean.append(min(label for label in votes if votes[label] == max(votes.values())) == int(labels[i]))
+    return clean
+
+
+def supported_share(labels: Labels, indices: Rows) -> float:
+    """Return the share of images that no other label outvotes among their neighbors."""
+    supported = []
+    for i, near in enumerate(indices):
+        votes = Counter(int(labels[int(j)]) for j in near)
+        supported.append(float(votes[int(labels[i])] == max(votes.values())))
+    return mean(supported)
+
+
+def mean_confidence(logits: Rows, temperature: float) -> float:
+    return mean([max(softmax([float(x) / temperature for x in z])) for z in logits])

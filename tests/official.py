@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from scipy.io import savemat
 
 N = 3  # images a CIFAR batch
 
@@ -89,3 +90,59 @@ def imagenet(folder: Path, classes: tuple[str, ...], per_class: int = 2) -> None
         (folder / wnid).mkdir(parents=True)
         for i in range(per_class):
             Image.new("RGB", (12, 10), (c, 100 * i, 50)).save(folder / wnid / f"{wnid}_{i}.JPEG", quality=95)
+
+
+def svhn(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Write train (deflated), test and extra (plain); return images and digits of each."""
+    folder.mkdir(parents=True)
+    made = {}
+    for seed, (split, n) in enumerate({"train": 12, "test": 3, "extra": 4}.items()):
+        images, digits = pixels(n, 32, seed), np.arange(n) % 10
+        content = {"X": images.transpose(1, 2, 3, 0), "y": np.where(digits, digits, 10).astype(np.uint8)[:, None]}
+        savemat(folder / f"{split}_32x32.mat", content, do_compression=split == "train")
+        made[split] = (images, digits)
+    return made
+
+
+def picture(path: Path, label: int, i: int) -> None:
+    """Write a JPEG file of one color, red by class and green by number."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (12, 10), (label, 100 * i, 50)).save(path, quality=95)
+
+
+def dogs(folder: Path, lists: str = "") -> dict[str, dict[str, int]]:
+    """Write an image of each of the 120 breeds for train and test, and their lists; return file to label from 0.
+
+    Labels do not follow the folders' names, and the lists are in no order, so that nothing else can stand for them.
+    """
+    made: dict[str, dict[str, int]] = {}
+    (folder / lists).mkdir(parents=True, exist_ok=True)
+    for i, split in enumerate(("train", "test")):
+        breeds = [(f"n{2085620 + 7 * c:08d}-Breed-{c}", c * 7 % 120) for c in np.random.default_rng(i).permutation(120)]
+        made[split] = {f"{breed}/{breed[:9]}_{i}.jpg": int(label) for breed, label in breeds}
+        for file, label in made[split].items():
+            picture(folder / "Images" / file, label, i)
+        dogs_list(folder / lists / f"{split}_list.mat", list(made[split]), list(made[split].values()))
+    return made
+
+
+def dogs_list(path: Path, files: list[str], labels: list[int]) -> None:
+    """Write one list of Stanford Dogs; ``labels`` count from 0, the file's from 1."""
+    cells = np.empty((len(files), 1), object)
+    cells[:, 0] = files
+    content = {"file_list": cells, "annotation_list": cells.copy(), "labels": np.array(labels, float)[:, None] + 1}
+    savemat(path, content, do_compression=True)
+
+
+def cub200(folder: Path) -> dict[str, dict[str, int]]:
+    """Write twelve images of three of the 200 species; return file to label from 0 of each split, in official order."""
+    species = [f"{c + 1:03d}.Bird_{c}" for c in range(200)]
+    rows = [(f"{species[c]}/Bird_{c}_{i}.jpg", c, i % 2) for c in (0, 7, 199) for i in range(4)]
+    for i, (file, label, _) in enumerate(rows):
+        picture(folder / "images" / file, label, i % 2)
+    tables = {"images": [file for file, _, _ in rows], "image_class_labels": [c + 1 for _, c, _ in rows],
+              "train_test_split": [train for _, _, train in rows], "classes": species}
+    for name, values in tables.items():
+        text = "".join(f"{number} {value}\n" for number, value in enumerate(values, start=1))
+        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
+    return {split: {file: c for file, c, train in rows if train == flag} for split, flag in (("train", 1), ("test", 0))}

@@ -49,6 +49,49 @@ def test_other_numbers_are_searched_in_float32(dtype):
     np.testing.assert_allclose(found.similarities, naive.neighbors(values.astype(float), 4)[1], atol=1e-6)
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize(("shift", "block"), [(0.0, 1024), (30.0, 7), (1000.0, 64)])
+def test_euclidean_neighbors_are_the_sorted_distances(normalize, shift, block):
+    values = rows(300) * np.random.default_rng(1).uniform(0.1, 3, (300, 1)) + shift
+    values[5], values[200] = 0.0, values[3]
+    found = find_neighbors(values, 8, normalize=normalize, metric="euclidean", block=block)
+    seen = np.array([naive.unit(row) for row in values]) if normalize else values
+    apart = np.square(seen[:, None] - seen[None]).sum(axis=2)
+    np.fill_diagonal(apart, np.inf)
+    np.testing.assert_allclose(found.similarities, -np.sort(apart, axis=1)[:, :8] / 2, rtol=1e-6, atol=1e-13)
+    np.testing.assert_allclose(np.take_along_axis(apart, found.indices, axis=1), -2 * found.similarities, rtol=1e-6,
+                               atol=1e-13)
+    assert found.indices[3, 0] == 200 and found.indices[200, 0] == 3
+
+
+def test_euclidean_order_of_unit_rows_is_that_of_the_cosine():
+    values = rows(90, 12)
+    cosine, distance = find_neighbors(values, 7), find_neighbors(values, 7, metric="euclidean")
+    assert np.array_equal(cosine.indices, distance.indices)
+    np.testing.assert_allclose(distance.similarities, cosine.similarities - 1, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_euclidean_distances_are_exact_where_products_are_not(dtype):
+    """Far from the origin a product in float32 has lost what tells the rows apart; the second look has not."""
+    steps = np.array([0, 1, 3, 6, 10, 15], dtype)[:, None] / 64
+    values = np.concatenate([np.full((6, 3), 4096, dtype), steps], axis=1)
+    found = find_neighbors(np.repeat(values, 20, axis=0), 20, normalize=False, metric="euclidean")
+    assert (found.indices[:, :19] // 20 == np.arange(120)[:, None] // 20).all(), "exact duplicates first"
+    assert (found.similarities[:, :19] == 0).all()
+    assert (found.indices[::20, 19] // 20).tolist() == [1, 0, 1, 2, 3, 4]
+    assert found.similarities[::20, 19].tolist() == [-0.5 * (d / 64) ** 2 for d in (1, 1, 2, 3, 4, 5)]
+    assert found.indices[0].tolist() == [*range(1, 20), 20] and found.indices[21, :2].tolist() == [20, 22]
+    near = find_neighbors(values, 5, normalize=False, metric="euclidean", block=1)
+    assert near.indices[0].tolist() == [1, 2, 3, 4, 5] and near.indices[2].tolist() == [1, 0, 3, 4, 5]
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_unknown_metric():
+    with pytest.raises(InputError, match="did you mean euclidean"):
+        find_neighbors(rows(10), 2, metric="euclid")
+
+
 def test_four_points_by_hand():
     values = np.array([[2.0, 0], [0, 3], [1, 1], [-1, 0]])
     found = find_neighbors(values, 3)
@@ -216,6 +259,8 @@ def test_what_is_no_embedding(values):
 def test_inner_products_that_overflow_are_refused():
     with pytest.raises(InputError, match="too long for an inner product"):
         find_neighbors(np.full((4, 3), 1e30, np.float32), 1, normalize=False)
+    with pytest.raises(InputError, match="too long"):
+        find_neighbors(np.full((4, 3), 7e18, np.float32), 1, normalize=False, metric="euclidean")
 
 
 def test_memory_stays_within_a_few_blocks():

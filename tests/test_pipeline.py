@@ -29,10 +29,11 @@ from commands import (
 )
 from phyla.errors import CorruptFileError, InputError
 from phyla.nets.resnet import EncoderSpec
+from phyla.overrides import change, from_options, with_checkpoint
 from phyla.pipeline import STAGES, Data
 from phyla.quality import neighbor_score
-from phyla.recipes import change, from_options, with_checkpoint
-from phyla.runner import Runner, recorded_labels, recorded_pipeline, reopen
+from phyla.recorded import recorded_labels, recorded_pipeline
+from phyla.runner import Runner, reopen
 from phyla.storage import write_text
 from phyla.tables import COLUMNS
 from phyla.training.device import choose_device
@@ -40,11 +41,11 @@ from phyla.zoo import PublishedEncoder
 
 pytestmark = pytest.mark.filterwarnings("ignore::phyla.errors.PhylaWarning")
 
-FIGURES = {"map.png", "prototypes.png", "confidence.png", "curves.png"}
+FIGURES = {"map.png", "prototypes.png", "confidence.png", "curves.png", "retrieval.png", "probabilities.png"}
 TOP = {"run.json", "options.json", "phyla-run.json", "metrics.jsonl", "embeddings.npy", "neighbors.npy",
        "model.safetensors", "model.json", "assignments.csv", "assignments.parquet", "scores.json", "report.html",
        *FIGURES}
-MADE = STAGES[1:]
+MADE = [stage for stage in STAGES[1:] if stage != "robust"]
 
 
 @pytest.fixture
@@ -77,7 +78,8 @@ def redone(out: Path, pipeline=None, **how) -> list[str]:
 
 
 def test_the_run_folder_holds_everything_and_nothing_else(run):
-    assert {path.name for path in run.iterdir()} == TOP | {"stages", "confusion_matrix.png"}
+    assert {path.name for path in run.iterdir()} == TOP | {"stages", "confusion_matrix.png", "reliability.png",
+                                                     "risk_coverage.png"}
     names = {path.name for path in run.glob("stages/*/*")}
     assert not {name for name in names if name.endswith(".part")} | ({"checkpoint.pt"} & names)
     assert sorted(path.name.rsplit("-", 1)[0] for path in run.glob("stages/*")) == sorted(MADE)

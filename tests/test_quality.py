@@ -11,7 +11,17 @@ from hypothesis import strategies as st
 import naive
 from phyla import quality
 from phyla.errors import InputError
-from phyla.quality import assignment_entropy, effective_clusters, neighbor_agreement, neighbor_score, used_clusters
+from phyla.quality import (
+    assignment_entropy,
+    count_votes,
+    effective_clusters,
+    label_free_temperature,
+    matching_temperature,
+    neighbor_agreement,
+    neighbor_score,
+    supported_share,
+    used_clusters,
+)
 from phyla.types import Neighbors
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "losses.npz", allow_pickle=False)
@@ -132,3 +142,63 @@ def test_neighbor_agreement_by_hand_and_in_blocks(monkeypatch):
     assert neighbor_agreement(labels, near) == 3 / 8
     monkeypatch.setattr(quality, "_GATHERED", 2)
     assert neighbor_agreement(labels, near) == 3 / 8
+
+
+# ── votes and temperature ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_support_worked_by_hand():
+    labels = np.array([0, 0, 0, 1, 1])
+    near = np.array([[1, 2], [0, 3], [3, 4], [4, 0], [0, 1]])
+    # 0: both; 1: a tie; 2: outvoted; 3: a tie; 4: outvoted.
+    assert supported_share(labels, near) == pytest.approx(3 / 5)
+    assert supported_share(np.zeros(5, np.int64), near) == 1, "a collapse looks perfect"
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_support_is_the_formula_in_any_block_and_under_any_names(seed, monkeypatch):
+    p, near = random_case(seed, n=40, k=6)
+    labels = p.argmax(axis=1)
+    expected = naive.supported_share(labels, near)
+    assert 0 < expected < 1 and supported_share(labels, near) == pytest.approx(expected)
+    monkeypatch.setattr(quality, "_GATHERED", 25)
+    assert supported_share(labels, near) == pytest.approx(expected)
+    assert supported_share(np.array([7, 900, -3, 55, 0])[labels], near) == pytest.approx(expected)
+
+
+def test_votes_are_counted_row_by_row(monkeypatch):
+    monkeypatch.setattr(quality, "_GATHERED", 6)
+    labels, voters = np.array([0, 2, 2, 1]), np.array([[0, 1, 2], [3, 3, 1], [1, 2, 0]])
+    blocks = list(count_votes(labels, voters))
+    assert [rows for rows, _ in blocks] == [slice(0, 2), slice(2, 3)]
+    assert np.concatenate([votes for _, votes in blocks]).tolist() == [[1, 0, 2], [0, 2, 1], [1, 0, 2]]
+
+
+@pytest.mark.parametrize("confidence", [0.35, 0.6, 0.9, 0.999])
+def test_temperature_gives_the_mean_confidence_wanted(confidence):
+    logits = np.random.default_rng(0).normal(size=(50, 4)) * 3
+    found = matching_temperature(logits, confidence)
+    assert naive.mean_confidence(logits, found) == pytest.approx(confidence, abs=1e-9)
+    assert matching_temperature(torch.from_numpy(logits) + 100, confidence) == pytest.approx(found, rel=1e-9)
+    assert matching_temperature(5 * logits, confidence) == pytest.approx(5 * found, rel=1e-9)
+
+
+def test_temperature_out_of_reach_is_the_nearest_tried():
+    logits = np.random.default_rng(0).normal(size=(9, 4))
+    assert matching_temperature(logits, 0.25) == pytest.approx(64)
+    assert matching_temperature(logits, 1.0) == pytest.approx(1 / 64)
+    assert matching_temperature(np.zeros((3, 4)), 0.9) == pytest.approx(1 / 64)
+    with pytest.raises(InputError, match="logits must be"):
+        matching_temperature(np.zeros(3), 0.9)
+
+
+def test_label_free_temperature_is_of_the_support_and_is_never_certain():
+    draw = np.random.default_rng(0)
+    logits, near = draw.normal(size=(60, 3)), random_case(0, n=60, k=5)[1]
+    found = label_free_temperature(logits, near)
+    support = supported_share(logits.argmax(axis=1), near)
+    assert 1 / 3 < support < 0.9 and naive.mean_confidence(logits, found) == pytest.approx(support, abs=1e-9)
+    clear = np.eye(2)[[0, 0, 0, 1, 1, 1]] * 9.0
+    near = np.array([[1, 2], [0, 2], [0, 1], [4, 5], [3, 5], [3, 4]])
+    sure = label_free_temperature(torch.from_numpy(clear), near)
+    assert naive.mean_confidence(clear, sure) == pytest.approx(1 - 0.5 / 6, abs=1e-9)

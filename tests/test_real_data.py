@@ -20,7 +20,8 @@ def _data(*parts: str) -> Path:
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_digits_beat_kmeans_on_pixels(tmp_path, seed):
-    from phyla.recipes import recipe, with_seed
+    from phyla.overrides import with_seed
+    from phyla.recipes import recipe
     from phyla.runner import Runner
 
     result = Runner(with_seed(recipe("scan-digits"), seed), tmp_path / "run").go("evaluate")

@@ -11,9 +11,10 @@ from phyla.errors import DataNotFoundError, InputError
 from phyla.images.augment import STRONG
 from phyla.images.catalog import DATASETS, split_parts
 from phyla.nets.resnet import EncoderSpec
+from phyla.overrides import change, from_file, from_options, with_checkpoint, with_seed, with_size
 from phyla.pipeline import Data, Pipeline
 from phyla.pretrain.simclr import SimCLR
-from phyla.recipes import RECIPES, change, from_file, from_options, recipe, with_checkpoint, with_seed, with_size
+from phyla.recipes import RECIPES, recipe
 from phyla.refine.selflabel import SelfLabel
 from phyla.zoo import PublishedEncoder
 
@@ -115,6 +116,108 @@ def is_strong(views, size, norm, cutout):
     assert views.n_operations in (None, 4)
 
 
+# ── Super-AND and TSUC ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+# Han et al. 2020, their released code and log (Super-AND), and its parent's constants for SVHN.
+SUPERAND = {
+    "superand-cifar10": ("cifar10", 10, CIFAR10),
+    "superand-cifar100": ("cifar100", 100, ((0.5071, 0.4866, 0.4409), (0.2009, 0.1984, 0.2023))),
+    "superand-svhn": ("svhn", 10, ((0.4377, 0.4438, 0.4728), (0.1201, 0.1231, 0.1052))),
+}
+TSUC_CLUSTERS = {"tsuc-cifar10": ("cifar10", 10), "tsuc-cifar20": ("cifar20", 20), "tsuc-cifar100": ("cifar100", 100),
+                 "tsuc-stl10": ("stl10", 10)}
+
+
+@pytest.mark.parametrize("name", [*SUPERAND, "tsuc-cifar10", "and-cifar10", "instance-cifar10"])
+def test_super_and_is_the_published_one(name):
+    source, n_clusters, norm = SUPERAND.get(name, SUPERAND["superand-cifar10"])
+    pipeline = recipe(name)
+    has(pipeline.data, source=source, split="train", held_out="test", pretrain_split=None)
+    has(pipeline.pretrain, encoder=EncoderSpec("resnet18", "cifar", 64, "rgb_sobel"), n_projection=128, temperature=0.1,
+        batch_temperature=0.1, n_epochs=200, batch_size=128, lr=0.03, lr_drop_epoch=120, lr_drop_every=40, lr_decay=0.1,
+        momentum=0.9, weight_decay=5e-4, memory_momentum=0.5, memory_view="second", anchors_per_round=0.25,
+        unification_every=80, mask_self=True)
+    has(pipeline.pretrain.views, kind="simclr", size=32, mean=norm[0], std=norm[1], crop_scale=(0.2, 1.0), flip=0.5,
+        jitter=1.0, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.4, grey=0.2)
+    ancestor = name in ("and-cifar10", "instance-cifar10")
+    has(pipeline.pretrain, n_rounds=1 if name == "instance-cifar10" else 5,
+        augmentation_weight=0.0 if ancestor else 1.0, unification_step=0.0 if ancestor else 0.2)
+    has(pipeline.evaluate, knn_neighbors=200)
+    assert pipeline.cluster.n_clusters == n_clusters
+
+
+@pytest.mark.parametrize("name", TSUC_CLUSTERS)
+def test_tsuc_is_the_published_one(name):
+    pipeline, (source, n_clusters) = recipe(name), TSUC_CLUSTERS[name]
+    has(pipeline.cluster, n_clusters=n_clusters, n_heads=5, norm="feature_rows", temperature=0.1,
+        consistency_temperature=0.1, consistency_weight=1.0, prototypes="random", trainable=False, update="all",
+        momentum=0.9, weight_decay=5e-4, lr=0.01, lr_drop_epoch=120, lr_drop_every=40, lr_decay=0.1, n_epochs=300,
+        batch_size=128, select="lowest_loss", views=pipeline.pretrain.views)
+    has(pipeline.data, source=source)
+    if name == "tsuc-stl10":
+        has(pipeline.data, split="train+test", pretrain_split="train+test+unlabeled", held_out=None)
+    assert pipeline.refine is None and DATASETS[source].n_classes == n_clusters
+
+
+# Dang et al. 2021, their released configurations: clusters, heads, batch, what is trained, size.
+NNM = {"nnm-cifar10": (10, 3, 200, "all", 32), "nnm-cifar20": (20, 3, 500, "all", 32),
+       "nnm-stl10": (10, 3, 200, "all", 96), "nnm-imagenet10": (10, 1, 128, "all", 96),
+       "nnm-imagenetdogs": (15, 3, 512, "heads", 224), "nnm-imagenet50": (50, 10, 512, "heads", 224),
+       "nnm-imagenet100": (100, 3, 1000, "heads", 224), "nnm-imagenet200": (200, 1, 1024, "heads", 224)}
+
+
+@pytest.mark.parametrize("name", NNM)
+def test_nnm_is_the_published_one(name):
+    pipeline, (n_clusters, n_heads, batch, update, size) = recipe(name), NNM[name]
+    has(pipeline.cluster, n_clusters=n_clusters, n_heads=n_heads, batch_size=batch, update=update, entropy_weight=5.0,
+        global_weight=1.0, global_view="augmented", n_epochs=100, drop_last=False, select="label_free")
+    all_of_it = update == "all"
+    has(pipeline.cluster, optimizer="adam" if all_of_it else "sgd", lr=1e-4 if all_of_it else 5.0,
+        weight_decay=1e-4 if all_of_it else 0.0)
+    has(pipeline.neighbors, n_neighbors=20 if all_of_it else 50, n_held_out=5)
+    has(pipeline.embed, layer="encoder")
+    assert pipeline.refine is None and pipeline.cluster.views.size == size
+    norm = IMAGENET if size > 32 else CIFAR10 if name == "nnm-cifar10" else CIFAR20
+    if all_of_it:
+        is_strong(pipeline.cluster.views, size, norm, 16 if size == 32 else 32)
+        has(pipeline.pretrain, n_epochs=500, lr=0.4)
+    else:
+        is_simclr(pipeline.cluster.views, size, norm)
+
+
+# Park et al. 2021, their released scripts, and an answer to a user for ImageNet-50.
+RUC = {"ruc-scan-cifar10": (25.0, 250, 200, False), "ruc-scan-cifar20": (100.0, 250, 200, True),
+       "ruc-scan-stl10": (50.0, 100, 200, True), "ruc-scan-imagenet50": (25.0, 32, 100, False),
+       "ruc-tsuc-cifar10": (25.0, 250, 200, False), "ruc-tsuc-cifar20": (100.0, 250, 200, True),
+       "ruc-tsuc-stl10": (50.0, 100, 200, True)}
+
+
+@pytest.mark.parametrize("name", RUC)
+def test_ruc_is_the_published_one(name):
+    pipeline, (noisy_weight, batch, n_epochs, rises) = recipe(name), RUC[name]
+    has(pipeline.robust, split="hybrid", confidence_threshold=0.99, n_neighbors=100, noisy_weight=noisy_weight,
+        refurbish_threshold=0.9 if rises else 0.99, refurbish_rise=0.02 if rises else 0.0, refurbish_every=40,
+        sharpen_temperature=0.5, mixup_alpha=4.0, smoothing=0.5, lr=0.01, momentum=0.9, weight_decay=5e-4,
+        ramp_length=200, n_epochs=n_epochs, batch_size=batch, forwards="faithful", temperature="none")
+    views = pipeline.pretrain.views
+    has(pipeline.robust.views, kind="ruc_strong", size=views.size, mean=views.mean, std=views.std, flip=0.5, cutout=16,
+        crop_scale=(0.2, 1.0), level=1, operations=STRONG)
+    first = recipe(name.replace("ruc-", ""))
+    assert (pipeline.pretrain.__dict__, pipeline.cluster.__dict__) == (first.pretrain.__dict__, first.cluster.__dict__)
+    assert (pipeline.refine is None) == ("tsuc" in name)
+    if "stl10" in name:
+        has(pipeline.data, split="train+test", held_out=None)
+
+
+@pytest.mark.parametrize(("name", "size", "stem"), [("superand-stl10", 32, "cifar"), ("superand-stl10-96", 96, "stl")])
+def test_super_and_sees_stl10_at_two_sizes(name, size, stem):
+    pipeline = recipe(name)
+    assert pipeline.pretrain.views.size == size
+    has(pipeline.pretrain.encoder, stem=stem, streams="rgb_sobel")
+    has(pipeline.data, split="train", held_out="test", pretrain_split="train+unlabeled")
+
+
 # ── all recipes ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -122,12 +225,16 @@ def is_strong(views, size, norm, cutout):
 def test_a_recipe_fits_together(name):
     pipeline = recipe(name)
     assert pipeline.name == name
-    sizes = {stage.views.size for stage in (pipeline.pretrain, pipeline.cluster, pipeline.refine) if stage}
-    norms = {(s.views.mean, s.views.std) for s in (pipeline.pretrain, pipeline.cluster, pipeline.refine) if s}
-    assert len(sizes) == len(norms) == 1
-    assert "Expected" in (RECIPES[name].__doc__ or "") or name == "scan-folder"
+    views = [stage.views for stage in (pipeline.pretrain, pipeline.cluster, pipeline.refine) if hasattr(stage, "views")]
+    assert len({view.size for view in views}) == len({(view.mean, view.std) for view in views}) == 1
+    for_any = name.endswith("-folder")
+    assert "Expected" in (RECIPES[name].__doc__ or "") or for_any or "not published" in RECIPES[name].__doc__ or (
+        "see superand-stl10" in RECIPES[name].__doc__)
     assert recipe(name) is not recipe(name)
-    assert name == "scan-folder" or pipeline.data.source in DATASETS
+    assert pipeline.data.source == "" if for_any else pipeline.data.source in DATASETS
+    if not for_any:
+        for split in filter(None, (pipeline.data.split, pipeline.data.held_out, pipeline.data.pretrain_split)):
+            assert split_parts(pipeline.data.source, split)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -154,7 +261,7 @@ def test_changed_options_lead_back_too():
 def test_an_unknown_recipe_gets_the_nearest_name():
     with pytest.raises(InputError, match=r"no recipe 'scan-cifar-10'. hint: did you mean scan-cifar10\?"):
         recipe("scan-cifar-10")
-    with pytest.raises(InputError, match="allowed: scan-cifar10, "):
+    with pytest.raises(InputError, match="allowed: and-cifar10, instance-cifar10, "):
         recipe("zzz")
 
 

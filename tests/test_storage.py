@@ -355,3 +355,14 @@ def test_large_and_empty_arrays_have_fingerprints() -> None:
 def test_a_fingerprint_is_what_a_json_file_gives_back(tmp_path: Path) -> None:
     options = {"views": {"mean": (0.1, 0.2)}, "n": 3}
     assert fingerprint(json.loads(json.dumps(options))) == fingerprint(options)
+
+
+def test_a_checkpoint_cut_anywhere_is_damaged(tmp_path):
+    """Torch seeks before the start of some files that were cut short, which the system calls an invalid argument."""
+    whole = tmp_path / "whole.pt"
+    write_checkpoint(whole, {"weights": torch.randn(40_000)})
+    data = whole.read_bytes()
+    for n_bytes in (10, 4_000, 5_000, 20_000, 60_000, 70_000, len(data) - 100):
+        (tmp_path / "cut.pt").write_bytes(data[:n_bytes])
+        with pytest.raises(CorruptFileError, match="cannot be read"):
+            read_checkpoint(tmp_path / "cut.pt", hint="fetch it again")

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from phyla.embed import embed
 from phyla.errors import CorruptFileError, DataNotFoundError, InputError
 from phyla.images.augment import Views
+from phyla.layouts import MOCO_FILE
 from phyla.nets.heads import ClusterHeads, Projection
 from phyla.nets.resnet import EncoderSpec, ResNet
 from phyla.types import ImageSet
-from phyla.zoo import MOCO_FILE, PublishedEncoder, load_published
+from phyla.zoo import PublishedEncoder, load_published
 
 WIDTH = 4
 State = dict[str, Tensor]
@@ -165,6 +166,20 @@ def test_heads_without_a_named_best_are_kept_without_one(file: Path) -> None:
     assert (found.kind, found.head) == ("scan", None)
     with pytest.raises(InputError, match="2 heads and does not name the best"):
         found.net()
+
+
+def test_a_head_may_be_chosen_and_sits_on_the_encoder_even_beside_a_projection(file: Path) -> None:
+    net, state = made(), heads(32, n_heads=3)
+    found = load_published(write(file, {"model": backbone(net) | mlp(32) | state, "head": 2}), stem="cifar")
+    assert found.projection is not None and found.memory is None
+    with torch.no_grad():
+        embeddings = net(images(net))
+        for chosen, head in ((found.net(), 2), (found.net(head=0), 0), (found.net(head=1), 1)):
+            wanted = embeddings @ state[f"cluster_head.{head}.weight"].T + state[f"cluster_head.{head}.bias"]
+            assert chosen.projection is None
+            assert torch.allclose(chosen(images(net))[0], wanted, atol=1e-4)
+    with pytest.raises(InputError, match=r"there is no head 3.*0 to 2"):
+        found.net(head=3)
 
 
 @pytest.mark.parametrize("wrapped", [False, True])

@@ -19,8 +19,8 @@ from phyla.images.arrays import from_array
 from phyla.images.augment import Views, views_from
 from phyla.images.decode import read_image, square, to_rgb
 from phyla.images.folders import stream_images
-from phyla.nets.heads import ClusterHeads, ClusterNet
-from phyla.nets.resnet import EncoderSpec, ResNet
+from phyla.nets.heads import ClusterHeads, ClusterNet, Projection
+from phyla.nets.resnet import Encoder, EncoderSpec
 from phyla.storage import read_json, write_json, write_tensors
 from phyla.training.device import Device
 from phyla.types import Assignment, ImageSet
@@ -36,7 +36,7 @@ class Classifier:
 
     Parameters
     ----------
-    net : encoder with one head
+    net : encoder, perhaps a projection, and one head
     views : how stored pixels become the network's input; its plain form is used
     size : shorter side, in pixels, to which a picture is resized before the centre crop
     names : one name a cluster
@@ -66,11 +66,12 @@ class Classifier:
     def save(self, folder: Path | str) -> None:
         """Write model.safetensors and model.json into ``folder``; InputError when the encoder is not one of phyla's."""
         folder, encoder = Path(folder), self.net.encoder
-        if not isinstance(encoder, ResNet):
+        if not isinstance(encoder, Encoder):
             raise InputError(f"only phyla's own encoders can be saved, got {type(encoder).__name__}",
                              "save this network with torch.save")
         write_tensors(folder / "model.safetensors", self.net.state_dict())
-        write_json(folder / "model.json", {"format": FORMAT, "encoder": asdict(encoder.spec),
+        form = self.net.projection.spec() if self.net.projection is not None else None
+        write_json(folder / "model.json", {"format": FORMAT, "encoder": asdict(encoder.spec), "projection": form,
                                            "n_clusters": self.n_clusters, "views": asdict(self.views),
                                            "size": self.size, "names": list(self.names), "facts": self.facts})
 
@@ -95,8 +96,9 @@ class Classifier:
                                    f"{FORMAT}", "make it again with this version of phyla")
         try:
             encoder = EncoderSpec(**held["encoder"]).build()
-            heads = ClusterHeads(encoder.spec.n_features, held["n_clusters"])
-            net = ClusterNet(encoder, heads)
+            projection = Projection(**held["projection"]) if held.get("projection") else None
+            n_features = projection.n_out if projection is not None else encoder.spec.n_features
+            net = ClusterNet(encoder, ClusterHeads(n_features, held["n_clusters"]), projection)
             net.load_state_dict(load_file(folder / "model.safetensors"))
             return cls(net, views_from(held["views"]), held["size"], held["names"], held["facts"])
         except (SafetensorError, RuntimeError, LookupError, TypeError, ValueError, AttributeError, OSError) as error:

@@ -34,6 +34,8 @@ app = typer.Typer(name="phyla", no_args_is_help=True, add_completion=False, rich
 
 What = Annotated[str, typer.Argument(metavar="RECIPE|FOLDER|RUN", help="a recipe, a folder or list of images, or a run "
                                                                        "folder to go on with")]
+FolderRecipe = Annotated[str | None, typer.Option("--recipe", metavar="NAME", show_default=False,
+                                                  help="for a folder: scan-folder (default) or superand-folder")]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="run folder; default runs/NAME", show_default=False)]
 Classes = Annotated[int | None, typer.Option("--classes", "-k", help="how many classes to look for",
                                              show_default=False)]
@@ -60,8 +62,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="print the outcome as JSON"
 def _verb(name: str, until: str, text: str) -> None:
     """Register a verb that carries the chain as far as the stage ``until``."""
 
-    def verb(what: What = "scan-digits", out: Out = None, classes: Classes = None, seed: Seed = None,
-             limit: Limit = None, size: Size = None, encoder: Encoder = None, option: Set = None,
+    def verb(what: What = "scan-digits", recipe: FolderRecipe = None, out: Out = None, classes: Classes = None,
+             seed: Seed = None, limit: Limit = None, size: Size = None, encoder: Encoder = None, option: Set = None,
              data: DataDir = None, labels: Labels = None, device: DeviceName = "auto",
              precision: Precision = "auto", strict: Strict = False, offline: Offline = False, quiet: Quiet = False,
              as_json: AsJson = False) -> None:
@@ -71,8 +73,8 @@ def _verb(name: str, until: str, text: str) -> None:
             from phyla.runner import Runner
             from phyla.training.device import choose_device
 
-            asked = _resolve(what, out, classes=classes, seed=seed, limit=limit, size=size, encoder=encoder,
-                             changes=option or [])
+            asked = _resolve(what, out, folder_recipe=recipe, classes=classes, seed=seed, limit=limit, size=size,
+                             encoder=encoder, changes=option or [])
             runner = Runner(asked.pipeline, asked.folder, device=choose_device(device, precision), data_dir=data,
                             labels=asked.labels if labels is None else labels, strict=strict, download=not offline,
                             command=["phyla", *sys.argv[1:]])
@@ -89,7 +91,7 @@ _verb("pretrain", "pretrain", "Run the chain as far as the trained encoder.")
 _verb("embed", "embed", "Run the chain as far as the embeddings.")
 _verb("neighbors", "neighbors", "Run the chain as far as the neighbors.")
 _verb("cluster", "cluster", "Run the chain as far as the clusters.")
-_verb("refine", "refine", "Run the chain as far as the refined clusters.")
+_verb("refine", "robust", "Run the chain as far as the refined clusters.")
 _verb("evaluate", "evaluate", "Run the chain as far as the scores.")
 
 
@@ -193,18 +195,21 @@ def show(run: Annotated[Path, typer.Argument(metavar="RUN|RECIPE", help="a run f
 
 
 @app.command("import")
-def import_(checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="a published .pth.tar file")],
+def import_(checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="a published .pth.tar or .t7 "
+                                                            "file")],
             out: Annotated[Path, typer.Option("--out", "-o", help="folder for the classifier or encoder")],
-            stem: Annotated[str | None, typer.Option(help="cifar or stl: the files do not tell",
+            stem: Annotated[str | None, typer.Option(help="cifar or stl: SCAN's files do not tell",
+                                                     show_default=False)] = None,
+            head: Annotated[int | None, typer.Option(help="which cluster head, from 0: TSUC's files do not tell",
                                                      show_default=False)] = None,
             quiet: Quiet = False, as_json: AsJson = False) -> None:
-    """Convert a published checkpoint (SCAN, SimCLR, MoCo)."""
+    """Convert a published checkpoint (SCAN, SimCLR, MoCo, Super-AND, TSUC)."""
     from phyla.display import showing
 
     with showing(quiet=quiet):
         from phyla.prediction import import_checkpoint
 
-        facts = import_checkpoint(checkpoint, out, stem)
+        facts = import_checkpoint(checkpoint, out, stem, head=head)
     print(_json(facts) if as_json else "\n".join(f"{name}: {value}" for name, value in facts.items()))
 
 
@@ -216,14 +221,18 @@ class Asked(NamedTuple):
     labels: str | None
 
 
-def _resolve(what: str, out: Path | None, *, classes: int | None, seed: int | None, limit: int | None,
-             size: int | None, encoder: Path | None, changes: Sequence[str]) -> Asked:
+def _resolve(what: str, out: Path | None, *, folder_recipe: str | None, classes: int | None, seed: int | None,
+             limit: int | None, size: int | None, encoder: Path | None, changes: Sequence[str]) -> Asked:
     from phyla.errors import InputError
-    from phyla.recipes import RECIPES, change, from_file, recipe, with_checkpoint, with_seed, with_size
-    from phyla.runner import recorded_labels, recorded_pipeline
+    from phyla.overrides import change, from_file, with_checkpoint, with_seed, with_size
+    from phyla.recipes import RECIPES, recipe
+    from phyla.recorded import recorded_labels, recorded_pipeline
 
     pairs = [_pair(text) for text in changes]
     path, labels = Path(what), "auto"
+    is_folder = what not in RECIPES and path.suffix != ".toml" and not (path / "options.json").exists()
+    if folder_recipe is not None and not is_folder:
+        raise InputError("--recipe is for a folder or list of images", f"phyla run FOLDER --recipe {folder_recipe}")
     if (path / "options.json").exists():
         pipeline, out, labels = recorded_pipeline(path), out or path, recorded_labels(path) or "none"
     elif what in RECIPES:
@@ -233,7 +242,7 @@ def _resolve(what: str, out: Path | None, *, classes: int | None, seed: int | No
     elif path.exists():
         if classes is None and "cluster.n_clusters" not in dict(pairs):
             raise InputError("how many classes to look for is not known", f"phyla run {shlex.quote(what)} --classes 10")
-        pipeline = change(recipe("scan-folder"), "data.source", str(path.absolute()))
+        pipeline = _on_folder(recipe(folder_recipe or "scan-folder"), path)
     else:
         pipeline = _missing(what)
     if encoder is not None:
@@ -249,9 +258,20 @@ def _resolve(what: str, out: Path | None, *, classes: int | None, seed: int | No
     for key, value in pairs:
         pipeline = change(pipeline, key, value)
     name = pipeline.name
-    if name == "scan-folder":
+    if is_folder:
         name = f"{path.resolve().name if path.is_dir() else path.stem}-{pipeline.cluster.n_clusters}"
+        name += f"-{folder_recipe}" if folder_recipe else ""
     return Asked(pipeline, out or Path("runs") / name, labels)
+
+
+def _on_folder(pipeline: "Pipeline", path: Path) -> "Pipeline":
+    from phyla.errors import InputError
+    from phyla.overrides import change
+
+    if pipeline.data.source:
+        raise InputError(f"recipe {pipeline.name} is made for {pipeline.data.source}", "allowed for a folder: "
+                         "scan-folder, superand-folder")
+    return change(pipeline, "data.source", str(path.absolute()))
 
 
 def _pair(text: str) -> tuple[str, str]:

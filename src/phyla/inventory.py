@@ -9,15 +9,19 @@ from typing import Any
 
 from phyla.errors import InputError
 from phyla.images.catalog import DATASETS, found_splits
-from phyla.pipeline import STAGES, Pipeline
+from phyla.pipeline import PARTS, STAGES, Pipeline
 from phyla.recipes import RECIPES
 from phyla.storage import read_json
 
 METHODS = {
     "simclr": "pretrain  SimCLR: contrastive embeddings from two views (Chen et al. 2020, as SCAN trains it)",
+    "superand": "pretrain  Super-AND: images told apart, then pulled to a discovered neighbor (Han et al. 2020)",
     "scan": "cluster   SCAN: an image and its neighbors agree, all clusters are used (van Gansbeke et al. 2020)",
+    "nnm": "cluster   NNM: an image agrees with its nearest in the batch and in the whole set, too (Dang et al. 2021)",
+    "tsuc": "cluster   TSUC (EmbedUL): fixed random heads and mutual information of two views (Han et al. 2020)",
     "kmeans": "cluster   k-means on embeddings or pixels: the baseline in every table",
     "selflabel": "refine    self-labelling: confident predictions become targets (van Gansbeke et al. 2020)",
+    "ruc": "robust    RUC: two networks learn any assignment anew from its clean part (Park et al. 2021)",
 }
 ENCODERS = {
     "resnet18 (cifar, stl, imagenet stem)": "trained here from your images; no licence attached",
@@ -71,7 +75,7 @@ def run_text(facts: Mapping[str, Any]) -> str:
 def recipe_text(name: str, pipeline: Pipeline) -> str:
     """Return a recipe's card and every option as ``stage.option = value`` lines, ready for --set."""
     lines = [inspect.getdoc(RECIPES[name]) or name, ""]
-    for part in ("data", "pretrain", "embed", "neighbors", "cluster", "refine", "evaluate"):
+    for part in PARTS:
         lines += _options(part, getattr(pipeline, part))
     return "\n".join(lines)
 

@@ -11,13 +11,14 @@ Input ``values (n, d)``; output ``Neighbors``: ``indices`` and ``similarities`` 
 
 import warnings
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from phyla.errors import InputError
+from phyla.errors import InputError, nearest
 from phyla.progress import bar
 from phyla.types import Embeddings, Neighbors
 
@@ -28,6 +29,8 @@ _GROUP = 16  # columns of which only the largest is looked at first
 _CHUNK = 1 << 16  # rows checked or measured at once
 _SUMMED = 1 << 17  # float64 numbers in one block of exact sums: 1 MB, which stays in the cache
 
+Metric = Literal["product", "euclidean"]
+
 
 def find_neighbors(
     values: Embeddings | np.ndarray,
@@ -36,6 +39,8 @@ def find_neighbors(
     device: torch.device | str | None = None,
     block: int = _BLOCK,
     normalize: bool = True,
+    metric: Metric = "product",
+    title: str = "finding neighbors",
 ) -> Neighbors:
     """Return the ``n_neighbors`` nearest other images of every image.
 
@@ -45,20 +50,25 @@ def find_neighbors(
     n_neighbors : 1 to n_images - 1
     device : where to compute, and where the values are moved to; None is the CPU
     block : rows searched at once; the memory beyond input and output is about 100 * block² bytes
-    normalize : True for the cosine, False for the plain inner product
+    normalize : scale rows to length 1 first
+    metric : product: the inner product, which is the cosine of normalized rows; euclidean: the distance d, told as the
+        similarity -d² / 2, which is the cosine less 1 for normalized rows
+    title : of the progress bar; empty for none
 
     Returns
     -------
     Neighbors
-        Nearest first, equally near ones by index. A row of length zero has similarity 0 with every other.
+        Nearest first, equally near ones by index. A row of length zero has the product 0 with every other.
 
     Raises
     ------
     InputError
-        ``n_neighbors`` is below 1 or not below the number of images, or a value is not finite.
+        ``n_neighbors`` is below 1 or not below the number of images, a value is not finite, or an unknown metric.
     """
-    bank = _Rows.of(values, device=device, normalize=normalize)
-    return Neighbors(*_search(bank, bank, n_neighbors, block=block))
+    if metric not in get_args(Metric):
+        raise InputError(f"metric={metric!r} is not allowed", nearest(str(metric), list(get_args(Metric))))
+    bank = _Rows.of(values, device=device, normalize=normalize, euclidean=metric == "euclidean")
+    return Neighbors(*_search(bank, bank, n_neighbors, block=block, title=title))
 
 
 def find_in_bank(
@@ -118,9 +128,11 @@ class _Rows:
     values: Float[Tensor, "images features"]
     factor: Float[Tensor, " images"]
     reach: float  # the largest length after scaling
+    halves: Float[Tensor, " images"] | None = None  # for distances: half of each squared length after scaling
 
     @classmethod
-    def of(cls, values: Embeddings | np.ndarray, *, device: torch.device | str | None, normalize: bool) -> "_Rows":
+    def of(cls, values: Embeddings | np.ndarray, *, device: torch.device | str | None, normalize: bool,
+           euclidean: bool = False) -> "_Rows":
         array = check_embeddings(values)
         wide = array.dtype.kind == "f" and array.dtype.itemsize >= 8
         array = np.ascontiguousarray(array, dtype=np.float64 if wide else np.float32)
@@ -134,10 +146,13 @@ class _Rows:
         # Below the smallest normal float32 a length has no direction worth keeping, and its inverse would overflow.
         some = length > torch.finfo(torch.float32).tiny
         if normalize:
-            return cls(tensor, torch.where(some, 1 / length.where(some, torch.ones_like(length)), 0.0), 1.0)
+            factor = torch.where(some, 1 / length.where(some, torch.ones_like(length)), 0.0)
+            return cls(tensor, factor, 1.0, some.to(tensor.dtype) / 2 if euclidean else None)
         reach = float(length.max())
-        if reach**2 > torch.finfo(tensor.dtype).max:
+        if reach**2 * (4 if euclidean else 1) > torch.finfo(tensor.dtype).max:
             raise InputError(f"a row of length {reach:.3g} is too long for an inner product", "use normalize=True")
+        if euclidean:
+            return cls(tensor, torch.ones_like(length), reach, (length.square() / 2).to(tensor.dtype))
         return cls(tensor, some.double(), reach)
 
     def __len__(self) -> int:
@@ -155,7 +170,8 @@ def _length(rows: Float[Tensor, "rows features"]) -> Float[Tensor, " rows"]:
     return largest * shrunk.square().sum(dim=1).sqrt()
 
 
-def _search(bank: _Rows, queries: _Rows, n_neighbors: int, *, block: int) -> tuple[np.ndarray, np.ndarray]:
+def _search(bank: _Rows, queries: _Rows, n_neighbors: int, *, block: int,
+            title: str = "finding neighbors") -> tuple[np.ndarray, np.ndarray]:
     """Return indices and similarities of the nearest of the bank; queries that are the bank do not find themselves."""
     own = int(bank is queries)
     if n_neighbors < 1 or block < 1:
@@ -166,7 +182,7 @@ def _search(bank: _Rows, queries: _Rows, n_neighbors: int, *, block: int) -> tup
     indices = np.empty((len(queries), n_neighbors), np.int64)
     similarities = np.empty(indices.shape, queries.values.numpy(force=True).dtype)
     finder = _Finder(bank, queries, n_neighbors, block)
-    with bar("finding neighbors", total=len(queries), unit="image") as shown:
+    with bar(title, total=len(queries), unit="image") as shown:
         for start in range(0, len(queries), block):
             stop = min(start + block, len(queries))
             found, near = finder.find(torch.arange(start, stop, device=queries.values.device))
@@ -193,8 +209,9 @@ class _Finder:
         if self.own:
             found += found >= rows[:, None]
         near = torch.zeros(found.shape, dtype=self.queries.values.dtype, device=rows.device)
-        # To a zero vector all others are equally near: the first few, set above, are its neighbors.
-        asking = torch.nonzero(self.queries.factor[rows])[:, 0]
+        # By the product all others are equally near to a zero vector: the first few, set above, are its neighbors.
+        has_nearest = self.queries.factor[rows] if self.queries.halves is None else torch.ones_like(rows)
+        asking = torch.nonzero(has_nearest)[:, 0]
         for part in torch.split(asking, max(1, self.most // self.width)) if len(asking) else ():
             found[part], near[part], floor = self.among_candidates(rows[part])
             again = torch.nonzero(floor < torch.inf)[:, 0]
@@ -215,7 +232,8 @@ class _Finder:
         exact = self.exact(rows, row, candidates.flatten()).view(rough.shape)
         found, near = self.ranked(candidates, exact)
         # The bound of a float32 sum; twice the error seen stands in for it where TF32 or bfloat16 products are allowed.
-        bound = (self.bank.values.shape[1] + 4) * torch.finfo(rough.dtype).eps * self.queries.reach * self.bank.reach
+        terms = self.bank.values.shape[1] + (4 if self.bank.halves is None else 8)
+        bound = terms * torch.finfo(rough.dtype).eps * self.queries.reach * self.bank.reach
         error = (2 * (exact - rough.gather(1, order)).abs().amax()).clamp(min=bound)
         sure = (near[:, -1] > rough.amin(dim=1) + error) | (self.width == len(self.bank) - self.own)
         return found, near, torch.where(sure, torch.inf, near[:, -1] - 2 * error)
@@ -266,6 +284,9 @@ class _Finder:
         width = _round_up(len(tile))
         rough = self.buffer[: len(query) * width].view(len(query), width)
         torch.mm(query, tile.T, out=rough[:, : len(tile)])
+        if self.bank.halves is not None and self.queries.halves is not None:  # -|a - b|²/2 = a·b - |b|²/2 - |a|²/2
+            rough[:, : len(tile)] -= self.bank.halves[start : start + self.tile]
+            rough -= self.queries.halves[rows, None]
         rough[:, len(tile) :] = -torch.inf
         if self.own:
             inside = torch.nonzero((rows >= start) & (rows < start + len(tile)))[:, 0]
@@ -281,9 +302,14 @@ class _Finder:
         step = max(1, _SUMMED // query.shape[1])
         for start in range(0, len(row), step):
             pairs = slice(start, start + step)
-            products = query[row[pairs]].mul_(self.bank.values[column[pairs]].double())
-            exact[pairs] = products.sum(dim=1).mul_(self.bank.factor[column[pairs]])
-        return exact.clamp_(-1, 1) if self.bank.reach == 1 and self.queries.reach == 1 else exact
+            other = self.bank.values[column[pairs]].double()
+            if self.bank.halves is None:
+                exact[pairs] = other.mul_(query[row[pairs]]).sum(dim=1).mul_(self.bank.factor[column[pairs]])
+            else:
+                apart = other.mul_(self.bank.factor[column[pairs], None]).sub_(query[row[pairs]])
+                exact[pairs] = apart.square_().sum(dim=1).div_(-2)
+        bounded = self.bank.halves is None and self.bank.reach == 1 and self.queries.reach == 1
+        return exact.clamp_(-1, 1) if bounded else exact
 
     def ranked(
         self, candidates: Int[Tensor, "rows width"], exact: Float[Tensor, "rows width"]

@@ -1,21 +1,48 @@
 """A pipeline is a chain of stages with their options: what a recipe returns and a run carries out.
 
-    images -> pretrain -> embed -> neighbors -> cluster -> refine -> evaluate -> report
+    images -> pretrain -> embed -> neighbors -> cluster -> refine -> robust -> evaluate -> report
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
+from phyla.cluster.kmeans import KMeans
+from phyla.cluster.nnm import NNM
 from phyla.cluster.scan import SCAN
+from phyla.cluster.tsuc import TSUC
 from phyla.pretrain.simclr import SimCLR
+from phyla.pretrain.superand import SuperAND
+from phyla.refine.ruc import RUC
 from phyla.refine.selflabel import SelfLabel
 from phyla.zoo import PublishedEncoder
 
-STAGES = ("images", "pretrain", "embed", "neighbors", "cluster", "refine", "evaluate", "report")
-PARTS = ("data", "pretrain", "embed", "neighbors", "cluster", "refine", "evaluate")
+Pretrainer = SimCLR | SuperAND | PublishedEncoder
+Clusterer = SCAN | NNM | TSUC | KMeans
+Refiner = SelfLabel | RUC
+
+METHODS: Mapping[str, Mapping[str, type]] = {
+    "pretrain": {"SimCLR": SimCLR, "SuperAND": SuperAND, "PublishedEncoder": PublishedEncoder},
+    "cluster": {"SCAN": SCAN, "NNM": NNM, "TSUC": TSUC, "KMeans": KMeans},
+    "refine": {"SelfLabel": SelfLabel},
+    "robust": {"RUC": RUC},
+}
+"""The methods that each stage may carry out."""
+
+TITLES: Mapping[str, str] = {"SimCLR": "SimCLR", "SuperAND": "Super-AND", "PublishedEncoder": "published encoder",
+                             "SCAN": "SCAN", "NNM": "NNM", "TSUC": "TSUC", "KMeans": "k-means",
+                             "SelfLabel": "self-label", "RUC": "RUC"}
+"""What a table calls the result of a method."""
+
+STAGES = ("images", "pretrain", "embed", "neighbors", "cluster", "refine", "robust", "evaluate", "report")
+PARTS = ("data", "pretrain", "embed", "neighbors", "cluster", "refine", "robust", "evaluate")
 """The parts of a pipeline that hold options."""
 
-StageName = Literal["images", "pretrain", "embed", "neighbors", "cluster", "refine", "evaluate", "report"]
+Layer = Literal["projection", "encoder"]
+StageName = Literal["images", "pretrain", "embed", "neighbors", "cluster", "refine", "robust", "evaluate", "report"]
+ResultStage = Literal["cluster", "refine", "robust"]
+RESULTS: tuple[ResultStage, ...] = ("cluster", "refine", "robust")
+"""The stages that assign images to clusters, each from what the one before it gave."""
 
 
 @dataclass(frozen=True)
@@ -47,28 +74,44 @@ class Data:
 class EmbedOptions:
     """What the embeddings are: ``layer`` projection (128-d, SCAN for SimCLR) or encoder (512-d or 2048-d)."""
 
-    layer: Literal["projection", "encoder"] = "projection"
+    layer: Layer = "projection"
 
 
 @dataclass(frozen=True)
 class NeighborOptions:
     """How many neighbors: of each image, and of each held-out image (for the label-free score).
 
-    None means 20, or for small sets half of the images a cluster would have on average.
+    None means 20, or for small sets half of the images a cluster would have on average. ``rerank`` ranks by the overlap
+    of neighborhoods (k-reciprocal, of ``k1`` images, averaged over ``k2``) instead of by the cosine.
     """
 
     n_neighbors: int | None = 20
     n_held_out: int = 5
+    rerank: bool = False
+    k1: int = 20
+    k2: int = 6
 
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """The baselines beside the result: restarts of k-means, and how many images it is fitted on at most."""
+    """The baselines beside the result: restarts of k-means, and how many images it is fitted on at most.
+
+    ``knn_neighbors`` vote in the kNN probe of the embeddings: 200 where instance discrimination is published.
+    ``attack`` measures every result under adversarial attack, on ``attack_images`` images at most: sane (in pixels) or
+    paper (as RUC's paper has it).
+    """
 
     kmeans_restarts: int = 10
     kmeans_max_images: int = 20_000
     knn_neighbors: int = 20
+    attack: Literal["none", "sane", "paper"] = "none"
+    attack_images: int = 1000
     random_state: int = 0
+
+    def scorecard(self) -> dict[str, int]:
+        """Return the options of the table of scores."""
+        return {name: getattr(self, name) for name in (
+            "kmeans_restarts", "kmeans_max_images", "knn_neighbors", "random_state")}
 
 
 @dataclass(frozen=True)
@@ -77,9 +120,10 @@ class Pipeline:
 
     name: str
     data: Data
-    pretrain: SimCLR | PublishedEncoder
-    cluster: SCAN
+    pretrain: Pretrainer
+    cluster: Clusterer
     refine: SelfLabel | None = None
+    robust: RUC | None = None
     embed: EmbedOptions = field(default_factory=EmbedOptions)
     neighbors: NeighborOptions = field(default_factory=NeighborOptions)
     evaluate: EvaluateOptions = field(default_factory=EvaluateOptions)
@@ -88,5 +132,13 @@ class Pipeline:
         """Return every option of every stage, for run.json."""
         parts = {part: getattr(self, part) for part in PARTS}
         told = {part: asdict(value) if value is not None else None for part, value in parts.items()}
-        methods = {part: type(parts[part]).__name__ for part in ("pretrain", "cluster", "refine") if parts[part]}
+        methods = {part: type(parts[part]).__name__ for part in METHODS if parts[part]}
         return {"recipe": self.name, "methods": methods, **told}
+
+    def title(self, stage: ResultStage) -> str:
+        """Return what a table calls the result of a stage: "SCAN", "SCAN + self-label", "Super-AND + k-means"."""
+        methods = [getattr(self, part) for part in RESULTS[: RESULTS.index(stage) + 1]]
+        names = [TITLES[type(method).__name__] for method in methods if method is not None]
+        if isinstance(self.cluster, KMeans):  # not the baseline of every table, which is on pixels too
+            names = [TITLES[type(self.pretrain).__name__], *names]
+        return " + ".join(names)

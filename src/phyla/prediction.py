@@ -19,9 +19,9 @@ from phyla.images.augment import Views
 from phyla.images.catalog import data_set_name
 from phyla.images.folders import find_images
 from phyla.progress import bar
-from phyla.recipes import CIFAR10, CIFAR100, IMAGENET
+from phyla.recipes.settings import CIFAR10, CIFAR100, CIFAR100_SUPERAND, IMAGENET
 from phyla.rundir import save_encoder
-from phyla.storage import read_json, storage_error
+from phyla.storage import read_json, storage_error, write_array
 from phyla.tables import COLUMNS, N_TOP, stdout_csv, write_assignments
 from phyla.training.device import Device
 from phyla.types import Assignment
@@ -152,17 +152,28 @@ def _put(source: Path, target: Path, *, link: bool) -> None:
         raise storage_error(target, error) from error
 
 
-def import_checkpoint(path: Path, out: Path, stem: str | None) -> dict[str, object]:
-    """Write a published checkpoint as a classifier (it has heads) or as an encoder; return what it was."""
+def import_checkpoint(path: Path, out: Path, stem: str | None, *, head: int | None = None) -> dict[str, object]:
+    """Write a published checkpoint as a classifier (it has heads) or as an encoder; return what it was.
+
+    ``head`` is needed where a file has several and does not name the best, as TSUC's do.
+    """
     found = load_published(path, stem=stem)  # type: ignore[arg-type]
     facts: dict[str, object] = {"kind": found.kind, "encoder": asdict(found.encoder.spec), **found.facts}
-    cifar = CIFAR100 if found.facts["n_clusters"] in (20, 100) else CIFAR10
+    cifar100 = CIFAR100_SUPERAND if found.kind == "tsuc" else CIFAR100  # their deviations differ
+    cifar = cifar100 if found.facts["n_clusters"] in (20, 100) else CIFAR10
     sizes = {"cifar": (32, cifar), "stl": (96, IMAGENET), "imagenet": (224, IMAGENET)}
     size, norm = sizes[found.encoder.spec.stem]
     views = Views("plain", size, *norm)
     if found.heads is None:
+        if head is not None:
+            raise InputError(f"{path} has no cluster heads", f"leave out --head {head}")
         save_encoder(out, found.encoder, found.projection)
+        if found.memory is not None:
+            write_array(out / "memory.npy", found.memory)
+            facts |= {"memory": str(out / "memory.npy")}
         return facts | {"written": str(out / "encoder.safetensors")}
     size = 256 if size == 224 else size  # stored, then cropped
-    Classifier(found.net(), views, size, facts={"imported": path.name, "kind": found.kind}).save(out)
-    return facts | {"written": str(out / "model.safetensors")}
+    net = found.net(head)
+    taken = found.head if head is None else head
+    Classifier(net, views, size, facts={"imported": path.name, "kind": found.kind, "head": taken}).save(out)
+    return facts | {"head": taken, "written": str(out / "model.safetensors")}

@@ -4,6 +4,9 @@ Inputs are probabilities ``(n, K)``, labels ``(n,)`` and the neighbors ``(n, k)`
 numbers. Everything is summed in float64 and in blocks of rows.
 """
 
+import math
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from jaxtyping import Float, Int
@@ -14,6 +17,7 @@ from phyla.types import Neighbors
 
 _LOG_FLOOR = -100.0  # of log(p_i·p_j): the published code's, so that one contradiction does not make a score infinite
 _GATHERED = 1 << 22  # float64 numbers gathered at once: 32 MB
+_HOTTEST, _HALVINGS = 64.0, 48  # bounds of a temperature, and how often the range of its logarithm is halved
 
 
 def neighbor_score(
@@ -79,15 +83,94 @@ def neighbor_agreement(labels: np.ndarray, neighbors: Neighbors | np.ndarray | T
     return same / indices.size
 
 
+def supported_share(labels: np.ndarray, neighbors: Neighbors | np.ndarray | Tensor) -> float:
+    """Return the share of images whose cluster no other cluster outvotes among their neighbors, 0 to 1.
+
+    Each neighbor has one vote, the image itself none; a tie with the own cluster speaks for it. It estimates how often
+    a label is right, if images that are right but outvoted are about as many as wrong ones that are supported. It
+    cannot see a cluster that is no class, and is 1 after a collapse.
+    """
+    indices = _indices(neighbors, len(labels)).numpy(force=True)
+    labels = np.unique(labels, return_inverse=True)[1]  # counted from 0, however they were numbered
+    supported = 0
+    for rows, votes in count_votes(labels, indices):
+        own = np.take_along_axis(votes, labels[rows, None], axis=1)[:, 0]
+        supported += int(np.count_nonzero(own == votes.max(axis=1)))
+    return supported / len(labels)
+
+
+def count_votes(labels: np.ndarray, indices: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+    """Yield, block by block, some rows of ``indices`` and how often each label stands among the images they name.
+
+    Parameters
+    ----------
+    labels : int (n_images,), 0 and up
+    indices : int (n_rows, n_voters), places in ``labels``
+
+    Yields
+    ------
+    rows : which of ``indices``
+    votes : int64 (rows, labels.max() + 1)
+    """
+    n_labels = int(labels.max()) + 1
+    at_once = max(1, _GATHERED // max(indices.shape[1], n_labels))
+    for start in range(0, len(indices), at_once):
+        named = labels[indices[start : start + at_once]]
+        cells = named + np.arange(len(named))[:, None] * n_labels
+        counted = np.bincount(cells.ravel(), minlength=len(named) * n_labels)
+        yield slice(start, start + len(named)), counted.reshape(len(named), n_labels)
+
+
+def label_free_temperature(logits: np.ndarray | Tensor, neighbors: Neighbors | np.ndarray | Tensor) -> float:
+    """Return the temperature at which the mean confidence is the share of images that their neighbors support.
+
+    It ends over- and under-confidence as far as ``supported_share`` of the most probable clusters is the share that is
+    right; it changes no label.
+
+    Parameters
+    ----------
+    logits : (n_images, n_clusters), finite
+    neighbors : (n_images, n_neighbors) of the same images, found in embeddings that did not learn from these labels
+    """
+    table = _table(logits, "logits")
+    share = supported_share(table.argmax(dim=1).numpy(force=True), neighbors)
+    return matching_temperature(table, min(share, 1 - 0.5 / len(table)))  # no finite one would make all certain
+
+
+def matching_temperature(logits: np.ndarray | Tensor, confidence: float) -> float:
+    """Return the temperature T at which the mean largest probability of softmax(logits / T) is ``confidence``.
+
+    The mean falls steadily from 1 to 1 / n_clusters as T rises, so there is one such T. It is sought between 1/64 and
+    64; where it lies outside, the nearer of these is returned.
+
+    Parameters
+    ----------
+    logits : (n_images, n_clusters), finite
+    confidence : the mean wanted, 0 to 1
+    """
+    gaps = _table(logits, "logits")
+    gaps = gaps - gaps.amax(dim=1, keepdim=True)
+    low, high = -math.log(_HOTTEST), math.log(_HOTTEST)
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        mean = float((gaps / math.exp(middle)).exp().sum(dim=1).reciprocal().mean())
+        low, high = (middle, high) if mean > confidence else (low, middle)
+    return math.exp((low + high) / 2)
+
+
 def _entropy(p: Float[Tensor, " clusters"]) -> float:
     return float(torch.special.entr(p).sum())
 
 
 def _probabilities(values: np.ndarray | Tensor) -> Float[Tensor, "images clusters"]:
-    """Return the probabilities as float64, on their device if that has float64."""
+    return _table(values, "probabilities")
+
+
+def _table(values: np.ndarray | Tensor, what: str) -> Float[Tensor, "images clusters"]:
+    """Return the numbers as float64, on their device if that has float64."""
     p = values.detach() if isinstance(values, Tensor) else torch.from_numpy(np.require(values, np.float64, "W"))
     if p.ndim != 2 or 0 in p.shape:
-        raise InputError(f"probabilities must be (n_images, n_clusters), at least one of each, got {tuple(p.shape)}")
+        raise InputError(f"{what} must be (n_images, n_clusters), at least one of each, got {tuple(p.shape)}")
     return (p.cpu() if p.device.type == "mps" else p).double()
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from phyla.errors import CorruptFileError, InputError, PhylaError, StorageError
 from phyla.images.folders import RUN_MARKER
 from phyla.nets.heads import Projection
-from phyla.nets.resnet import EncoderSpec, ResNet
+from phyla.nets.resnet import Encoder, EncoderSpec
 from phyla.storage import (
     atomic,
     fingerprint,
@@ -187,28 +187,30 @@ def reading(path: Path) -> Iterator[None]:
                                         "the others are kept") from error
 
 
-def save_encoder(folder: Path, encoder: ResNet, projection: Projection | None) -> None:
+def save_encoder(folder: Path, encoder: Encoder, projection: Projection | None) -> None:
     """Write encoder.safetensors (encoder and, where there is one, its projection) and encoder.json."""
     parts: dict[str, nn.Module | None] = {"encoder": encoder, "projection": projection}
     weights = {f"{part}.{name}": value for part, net in parts.items() if net is not None
                for name, value in net.state_dict().items()}
     write_tensors(folder / "encoder.safetensors", weights)
-    write_json(folder / "encoder.json", asdict(encoder.spec))
+    form = projection.spec() if projection is not None else None
+    write_json(folder / "encoder.json", asdict(encoder.spec) | {"projection": form})
 
 
-def load_encoder(folder: Path) -> tuple[ResNet, Projection | None]:
+def load_encoder(folder: Path) -> tuple[Encoder, Projection | None]:
     """Return the encoder and projection that ``save_encoder`` wrote."""
     path = folder / "encoder.safetensors"
     with reading(path):
-        encoder = EncoderSpec(**read_json(folder / "encoder.json")).build()
+        held = read_json(folder / "encoder.json")
+        form = held.pop("projection", None)
+        encoder = EncoderSpec(**held).build()
         weights: dict[str, dict[str, Tensor]] = {"encoder": {}, "projection": {}}
         for name, value in load_file(path).items():
             part, _, inner = name.partition(".")
             weights[part][inner] = value
         encoder.load_state_dict(weights["encoder"])
-        projection = None
-        if weights["projection"]:
-            projection = Projection(encoder.spec.n_features, len(weights["projection"]["2.bias"])).eval()
+        projection = Projection(**form).eval() if form else None
+        if projection is not None:
             projection.load_state_dict(weights["projection"])
     return encoder.eval(), projection
 

@@ -13,46 +13,43 @@ from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 
-from torch import nn
-
 import phyla
+from phyla import stages
 from phyla.classifier import Classifier
-from phyla.cluster.scan import SCAN, Watched
+from phyla.cluster.kmeans import KMeans
+from phyla.cluster.nnm import NNM
+from phyla.cluster.scan import SCAN
 from phyla.embed import embed
 from phyla.errors import InputError
-from phyla.evaluate.scorecard import Split, fill_scorecard
+from phyla.evaluate.robustness import robustness_report, save_robustness
+from phyla.evaluate.scorecard import Bank, Split, fill_scorecard
 from phyla.evaluate.truth import Truth, true_labels
 from phyla.images.catalog import data_set_name
 from phyla.images.folders import is_there
 from phyla.images.sources import Loaded, open_images
-from phyla.neighbors import find_neighbors
-from phyla.pipeline import STAGES, Pipeline, StageName
-from phyla.recipes import from_options
-from phyla.refine.selflabel import SelfLabel
+from phyla.pipeline import PARTS, RESULTS, STAGES, Pipeline, Refiner, ResultStage, StageName
+from phyla.pretrain.simclr import SimCLR
+from phyla.recorded import recorded
 from phyla.report.page import ReportInput, build_report
 from phyla.rundir import (
     OPTIONS,
     RunDir,
-    is_placed,
     load_assignment,
     load_embeddings,
-    load_encoder,
     load_neighbors,
     load_records,
-    place,
-    save_assignment,
     save_embeddings,
-    save_encoder,
     save_neighbors,
-    save_records,
 )
 from phyla.storage import array_fingerprint, read_json, write_json
-from phyla.tables import write_assignments
+from phyla.top import Top
 from phyla.training.device import Device, choose_device
 from phyla.types import Assignment, Embeddings, ImageSet, Neighbors, Scores
 from phyla.zoo import PublishedEncoder, checkpoint_stamp
 
 log = logging.getLogger("phyla")
+
+ROBUSTNESS = "robustness.json"
 
 
 @dataclass(frozen=True)
@@ -113,8 +110,10 @@ class Runner:
         for stage in stages:
             log.info("%-9s %s", stage.name, "unchanged, kept" if stage.was_kept else f"{stage.facts['seconds']} s")
         self.notices = self._all_notices()
-        if did or not self._is_shown(whole=until == STAGES[-1]):
-            self._publish()
+        last = self._last if "cluster" in self.run.stages else None
+        top = Top(self.run, [name for name, _ in self._splits()], last)
+        if did or not top.is_shown(whole=until == STAGES[-1]):
+            top.show(self._facts() | {"notices": self.notices}, self._curves())
         else:
             log.info("nothing to do: every stage of this run is already there, in %s", self.run.path)
         return Result(self.run.path, self.scores, tuple(self.notices), len(self.train), did)
@@ -135,10 +134,7 @@ class Runner:
         options = {"method": type(method).__name__} | asdict(method)
 
         def make(folder: Path) -> dict[str, object]:
-            method.fit(images, device=self.device, folder=folder)
-            save_encoder(folder, method.encoder_, method.projection_)
-            save_records(folder / "metrics.jsonl", method.history_)
-            return {"n_images": len(images)}
+            return stages.pretrain(method, images, device=self.device, folder=folder)
 
         inputs = [images.fingerprint]
         if isinstance(method, PublishedEncoder):
@@ -149,12 +145,7 @@ class Runner:
         options = asdict(self.pipeline.embed) | {"views": asdict(self.pipeline.pretrain.views.plain())}
 
         def make(folder: Path) -> dict[str, object]:
-            encoder, projection = load_encoder(self._folder("pretrain"))
-            net: nn.Module = encoder
-            if self.pipeline.embed.layer == "projection":
-                if projection is None:
-                    raise InputError("this encoder has no projection", "--set embed.layer=encoder")
-                net = nn.Sequential(encoder, projection)
+            net = stages.embedder(self._folder("pretrain"), self.pipeline.embed.layer)
             views = self.pipeline.pretrain.views.plain()
             for name, images in self._splits():
                 save_embeddings(folder, embed(images, net, views, device=self.device), name)
@@ -163,61 +154,91 @@ class Runner:
         self.run.stage("embed", options, [self._key("pretrain"), *self._image_keys()], make)
 
     def _neighbors(self) -> None:
-        n_train = self._n_neighbors(len(self.train))
+        n_train, options = self._n_neighbors(len(self.train)), self.pipeline.neighbors
 
         def make(folder: Path) -> dict[str, object]:
             for name, images in self._splits():
-                wanted = n_train if name == "train" else min(self.pipeline.neighbors.n_held_out, len(images) - 1)
-                found = find_neighbors(self.embeddings(name), wanted, device=self.device.device)
+                wanted = n_train if name == "train" else min(options.n_held_out, len(images) - 1)
+                found = stages.find(self.embeddings(name), wanted, options, device=self.device.device)
                 save_neighbors(folder, found, name)
             return {"n_neighbors": n_train}
 
-        options = {"n_neighbors": n_train, "n_held_out": self.pipeline.neighbors.n_held_out}
-        self.run.stage("neighbors", options, [self._key("embed")], make)
+        told: dict[str, object] = {"n_neighbors": n_train, "n_held_out": options.n_held_out}
+        if options.rerank:
+            told |= {"rerank": [options.k1, options.k2]}
+        self.run.stage("neighbors", told, [self._key("embed")], make)
 
     def _cluster(self) -> None:
         method = self.pipeline.cluster
+        kind = type(method).__name__
 
         def make(folder: Path) -> dict[str, object]:
-            encoder, _ = load_encoder(self._folder("pretrain"))
-            method.fit(self.train, neighbors=self.neighbors("train"), encoder=encoder, device=self.device,
-                       watched=Watched(*self._watched) if self._watched else None, folder=folder)
-            self._save_model(folder, method)
-            notice = (f"clusters: kept epoch {method.epoch_} of {method.n_epochs}, head {method.head_ + 1} of "
-                      f"{method.n_heads} (lowest neighbor score, {method.score_:.4f})")
-            return {"score": method.score_, "head": method.head_, "epoch": method.epoch_, "notices": [notice]}
+            found = stages.cluster(method, self._given(folder), views=self.pipeline.pretrain.views)
+            return self._save(found, folder)
 
-        self.run.stage("cluster", {"method": "SCAN", "select_on": self.pipeline.data.select_on} | asdict(method),
-                       [self._key("pretrain"), self._key("neighbors"), *self._image_keys()], make)
+        chosen_on = {"select_on": self.pipeline.data.select_on} if isinstance(method, SCAN | NNM) else {}
+        inputs = [self._key(stage) for stage in stages.CLUSTERS_FROM[kind]]
+        self.run.stage("cluster", {"method": kind} | chosen_on | asdict(method), [*inputs, *self._image_keys()], make)
 
     def _refine(self) -> None:
-        method = self.pipeline.refine
+        self._refined("refine", self.pipeline.refine)
+
+    def _robust(self) -> None:
+        self._refined("robust", self.pipeline.robust)
+
+    def _refined(self, stage: ResultStage, method: Refiner | None) -> None:
         if method is None:
             return
+        before = self._last
 
         def make(folder: Path) -> dict[str, object]:
-            before = Classifier.load(self._folder("cluster"))
-            method.fit(self.train, net=before.net, neighbors=self.neighbors("train"), watched=self._watched,
-                       device=self.device, folder=folder)
-            self._save_model(folder, method)
-            return {"kept": method.kept_, "scores": method.scores_, "skipped_steps": method.skipped_steps_,
-                    "notices": method.notices_}
+            return self._save(stages.refine(method, self._given(folder), self._folder(before)), folder)
 
-        self.run.stage("refine", {"method": "SelfLabel", "select_on": self.pipeline.data.select_on} | asdict(method),
-                       [self._key("cluster"), self._key("neighbors"), *self._image_keys()], make)
+        options = {"method": type(method).__name__, "select_on": self.pipeline.data.select_on} | asdict(method)
+        self.run.stage(stage, options, [self._key(before), self._key("neighbors"), *self._image_keys()], make)
+
+    def _given(self, folder: Path) -> stages.Given:
+        return stages.Given(
+            splits=self._splits(), pretrained=self._folder("pretrain"), layer=self.pipeline.embed.layer,
+            embeddings=self.embeddings, neighbors=self.neighbors, watched=self._watched, device=self.device,
+            folder=folder)
+
+    def _save(self, found: stages.Found, folder: Path) -> dict[str, object]:
+        about = {"recipe": self.pipeline.name, "source": self.pipeline.data.source, "phyla": phyla.__version__}
+        stages.save_found(found, self._splits(), size=self.train.size[0], device=self.device, folder=folder,
+                          about=about)
+        return found.facts
 
     def _evaluate(self) -> None:
         def make(folder: Path) -> dict[str, object]:
             results = {title: stage for stage, title in self._results().items()}
             splits = [self._split(name, images, results) for name, images in self._splits()]
-            rows = fill_scorecard(splits, n_clusters=self.pipeline.cluster.n_clusters, **asdict(self.pipeline.evaluate))
+            own = isinstance(self.pipeline.cluster, KMeans)  # k-means on embeddings is then the result
+            rows = fill_scorecard(splits, n_clusters=self.pipeline.cluster.n_clusters,
+                                  kmeans_on=("pixels",) if own else ("pixels", "embeddings"), memory=self._memory(),
+                                  **self.pipeline.evaluate.scorecard())
+            self._attack(folder)
             write_json(folder / "scores.json", {"scores": [asdict(row) for row in rows]})
             return {"labelled": [name for name, _ in self._splits() if self.truth(name) is not None]}
 
-        truths = [self.truth(name) for name, _ in self._splits()]
+        truths = [self.truth(name) for name in self._named]
         inputs = [self._key("embed"), self._key("neighbors"), *(self._key(stage) for stage in self._results()),
                   *(array_fingerprint(truth.labels) if truth else "unlabelled" for truth in truths)]
         self.run.stage("evaluate", asdict(self.pipeline.evaluate), inputs, make)
+
+    def _attack(self, folder: Path) -> None:
+        """Write robustness.json: every result under attack, on the held-out images where there are any."""
+        options = self.pipeline.evaluate
+        if options.attack == "none":
+            return
+        split, images = self._splits()[-1]
+        classifiers = {title: Classifier.load(self._folder(stage)) for stage, title in self._results().items()}
+        found = {title: self.assignment(stage, split) for stage, title in self._results().items()}
+        truth = self.truth(split)
+        curves = robustness_report(classifiers, images, truth.labels if truth else None, preset=options.attack,
+                                   assignments=found, n_images=options.attack_images, seed=options.random_state,
+                                   device=self.device)
+        save_robustness(folder / ROBUSTNESS, curves)
 
     def _report(self) -> None:
         def make(folder: Path) -> dict[str, object]:
@@ -282,9 +303,10 @@ class Runner:
     @cached_property
     def _truths(self) -> dict[str, Truth]:
         data = self.pipeline.data
-        named = {"train": data.split, "held_out": data.held_out or ""}
-        found = {name: true_labels(data.source, images.ids, split=named[name], data_dir=self.data_dir,
-                                   labels=self.labels) for name, images in self._splits() if self.labels is not None}
+        if self.labels is None:
+            return {}
+        found = {name: true_labels(data.source, images.ids, split=split, data_dir=self.data_dir, labels=self.labels)
+                 for name, (split, images) in self._named.items()}
         return {name: truth for name, truth in found.items() if truth is not None}
 
     @property
@@ -306,8 +328,8 @@ class Runner:
             raise InputError(f"the number of classes must be at least 1, got {n_clusters}", "--classes 10, for example")
         if self.pipeline.data.limit is not None and self.pipeline.data.limit < 2:
             raise InputError(f"--limit must be at least 2, got {self.pipeline.data.limit}")
-        for stage in (self.pipeline.pretrain, self.pipeline.cluster, self.pipeline.refine, self.pipeline.evaluate):
-            if not 0 <= getattr(stage, "random_state", 0) < 2**32:
+        for stage in (getattr(self.pipeline, part) for part in PARTS):
+            if not 0 <= (getattr(stage, "random_state", 0) or 0) < 2**32:
                 raise InputError(f"a seed must be from 0 to {2**32 - 1}, got {getattr(stage, 'random_state', 0)}")
 
     @cached_property
@@ -327,6 +349,17 @@ class Runner:
     def _splits(self) -> list[tuple[str, ImageSet]]:
         return [("train", self.train)] + ([("held_out", self.held_out)] if self.held_out is not None else [])
 
+    @property
+    def _named(self) -> dict[str, tuple[str, ImageSet]]:
+        """The sets of images whose labels are asked for: the splits and, if it is another, what is pretrained on."""
+        data = self.pipeline.data
+        named = {name: (data.held_out or "" if name == "held_out" else data.split, images)
+                 for name, images in self._splits()}
+        remembers = not isinstance(self.pipeline.pretrain, SimCLR)  # its memory is a bank for kNN
+        if remembers and data.pretrain_split:
+            named["pretrain"] = (data.pretrain_split, self.pretrain_images)
+        return named
+
     def _image_keys(self) -> list[str]:
         return [images.fingerprint for _, images in self._splits()]
 
@@ -338,18 +371,31 @@ class Runner:
 
     @property
     def _last(self) -> str:
-        return "refine" if "refine" in self.run.stages else "cluster"
+        return [stage for stage in RESULTS if stage in self.run.stages][-1]
 
     def _results(self) -> dict[str, str]:
-        titles = {"cluster": "SCAN", "refine": "SCAN + self-label"}
-        return {stage: title for stage, title in titles.items() if stage in self.run.stages}
+        """Return the stages that assign images to clusters, and what a table calls them."""
+        return {stage: self.pipeline.title(stage) for stage in RESULTS if stage in self.run.stages}
 
     def _split(self, name: str, images: ImageSet, results: dict[str, str]) -> Split:
-        shown = self.pipeline.data.held_out if name == "held_out" else self.pipeline.data.split
         truth = self.truth(name)
         assignments = {title: self.assignment(stage, name) for title, stage in results.items()}
-        return Split(name=shown or name, images=images, embeddings=self.embeddings(name),
-                     neighbors=self.neighbors(name), assignments=assignments, true=truth.labels if truth else None)
+        rivals = {title: stages.load_rivals(self._folder(stage), name) for title, stage in results.items()}
+        return Split(name=self._split_name(name), images=images, embeddings=self.embeddings(name),
+                     neighbors=self.neighbors(name), assignments=assignments, true=truth.labels if truth else None,
+                     rivals=rivals)
+
+    def _memory(self) -> Bank | None:
+        memory = stages.load_memory(self._folder("pretrain"))
+        truth = self.truth("pretrain" if self.pipeline.data.pretrain_split else "train")
+        if memory is None or truth is None:
+            return None
+        shown = {self._split_name(name): stages.project(self._folder("pretrain"), self.embeddings(name),
+                                                        self.pipeline.embed.layer) for name, _ in self._splits()}
+        return Bank(memory, truth.labels, shown)
+
+    def _split_name(self, name: str) -> str:
+        return (self.pipeline.data.held_out if name == "held_out" else self.pipeline.data.split) or name
 
     def _n_neighbors(self, n_images: int) -> int:
         wanted = self.pipeline.neighbors.n_neighbors
@@ -359,16 +405,6 @@ class Runner:
             return wanted
         log.warning("only %d images: %d neighbors instead of %d", n_images, n_images - 1, wanted)
         return n_images - 1
-
-    def _save_model(self, folder: Path, method: SCAN | SelfLabel) -> None:
-        classifier = Classifier(method.net_, self.pipeline.cluster.views.plain(), self.train.size[0], facts={
-            "recipe": self.pipeline.name, "source": self.pipeline.data.source, "phyla": phyla.__version__})
-        save_records(folder / "metrics.jsonl", method.history_)
-        save_assignment(folder, Assignment(method.probabilities_, self.train.ids), "train")
-        if self.held_out is not None:
-            found = classifier.predict_proba(self.held_out, device=self.device)
-            save_assignment(folder, Assignment(found, self.held_out.ids), "held_out")
-        classifier.save(folder)
 
     def _curves(self) -> list[dict[str, object]]:
         return [record for stage in self.run.stages.values() for record in load_records(stage.folder / "metrics.jsonl")]
@@ -393,82 +429,13 @@ class Runner:
                 "seed": self.pipeline.cluster.random_state, "device": facts["device"], "machine": facts["machine"],
                 "seconds": stages, "versions": facts["versions"], "options": self.pipeline.options()}
 
-    # ---- the top of the folder --------------------------------------------------------------------------------------
-
-    def _placed(self) -> dict[str, Path]:
-        """Return the files at the top of the folder that are a stage's, and where the stage has them."""
-        made = self.run.stages
-        placed = {f"{name}.npy": self._folder(stage) / "train.npy"
-                  for stage, name in (("embed", "embeddings"), ("neighbors", "neighbors")) if stage in made}
-        if "cluster" in made:
-            placed |= {name: self._folder(self._last) / name for name in ("model.safetensors", "model.json")}
-        if "evaluate" in made:
-            placed["scores.json"] = self._folder("evaluate") / "scores.json"
-        if "report" in made:
-            placed |= {path.name: path for path in sorted(self._folder("report").iterdir())
-                       if path.suffix in (".html", ".png")}
-        return placed
-
-    def _tables(self) -> dict[str, str]:
-        """Return the tables at the top of the folder, and the split that each is of."""
-        titles = {"train": "assignments", "held_out": "assignments-held-out"}
-        splits = [name for name, _ in self._splits()] if "cluster" in self.run.stages else []
-        return {f"{titles[split]}.{kind}": split for split in splits for kind in ("csv", "parquet")}
-
-    def _is_shown(self, *, whole: bool) -> bool:
-        """Return whether the top of the folder shows these stages; those of a part may be followed by others."""
-        path = self.run.path / "run.json"
-        held = read_json(path) if path.exists() else {}
-        shown = {name: stage["key"] for name, stage in held.get("stages", {}).items()}
-        ours = {name: stage.key for name, stage in self.run.stages.items()}
-        if not whole:
-            return ours.items() <= shown.items()
-        return (ours == shown and all((self.run.path / name).exists() for name in held.get("files", []))
-                and all(is_placed(source, self.run.path / name) for name, source in self._placed().items()))
-
-    def _publish(self) -> None:
-        top = self.run.path
-        path, placed, tables = top / "run.json", self._placed(), self._tables()
-        files = [*placed, *tables, "metrics.jsonl"]
-        earlier = read_json(path).get("files", []) if path.exists() else []
-        for name in {Path(str(file)).name for file in earlier} - set(files):
-            (top / name).unlink(missing_ok=True)  # of other options: its stage still has it
-        for name, source in placed.items():
-            place(source, top / name)
-        for name, split in tables.items():
-            write_assignments(top / name, [self.assignment(self._last, split)])
-        save_records(top / "metrics.jsonl", self._curves())
-        write_json(path, self._facts() | {"notices": self.notices, "files": files})
-
-
-def recorded_pipeline(run: Path) -> Pipeline:
-    """Return the pipeline whose result a run folder shows; of one that shows none yet, as it was last given."""
-    return _recorded(run)[0]
-
-
-def recorded_labels(run: Path) -> str | None:
-    """Return where the true labels of ``recorded_pipeline`` are from; None for none."""
-    return _recorded(run)[1]
-
 
 def reopen(run: Path, *, data_dir: Path | None = None, labels: str | None = None) -> Runner:
     """Return the runner of an existing run folder; ``labels`` None keeps what the run used."""
-    pipeline, recorded = _recorded(run)
+    pipeline, held = recorded(run)
     told = read_json(run / "run.json") if (run / "run.json").exists() else {}
-    return Runner(pipeline, run, data_dir=data_dir, labels=recorded if labels is None else labels,
+    return Runner(pipeline, run, data_dir=data_dir, labels=held if labels is None else labels,
                   command=told.get("command", []))
-
-
-def _recorded(run: Path) -> tuple[Pipeline, str | None]:
-    if not (run / OPTIONS).exists():
-        raise InputError(f"{run} is not a run folder", "give the folder of a run, such as runs/scan-digits")
-    shown = run / "run.json"  # a later command that failed must not change what the folder is
-    held = read_json(shown if shown.exists() else run / OPTIONS)
-    try:
-        return from_options(held["options"]), held["labels"]
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{run} is not of this version of phyla ({error})",
-                         "give the recipe again") from error
 
 
 def _from_anywhere(pipeline: Pipeline) -> Pipeline:

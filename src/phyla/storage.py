@@ -183,9 +183,9 @@ def read_checkpoint(path: Path | str, *, hint: str, allowed: Sequence[Allowed] =
         with warnings.catch_warnings(), torch.serialization.safe_globals(list(allowed)):
             warnings.simplefilter("ignore")  # torch remarks on odd bytes before it refuses them
             return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise InputError(f"{path} cannot be opened: {error.strerror or error}", hint) from error
     except Exception as error:  # damaged bytes make torch's readers raise nearly anything
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # a seek before the start of a file cut short
+            raise InputError(f"{path} cannot be opened: {error.strerror or error}", hint) from error
         if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise InputError(f"{path} names {refused[1]}, which is code and not weights: it was refused and not run",
                              "use only files from a source you trust") from error

@@ -4,6 +4,7 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 from sklearn.base import clone
 from sklearn.datasets import load_digits
 from sklearn.exceptions import NotFittedError
@@ -171,3 +172,12 @@ def test_the_baseline_on_digits():
     found = KMeans(n_clusters=10, normalize=False).fit(pixels)
     assert hungarian_accuracy(true, found.labels_) == pytest.approx(0.793, abs=0.005)
     assert nmi(true, found.labels_) == pytest.approx(0.742, abs=0.005)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_a_linear_head_gives_the_same_probabilities(normalize):
+    rows = np.random.default_rng(0).normal(size=(50, 6)).astype(np.float32)
+    fitted = KMeans(n_clusters=4, normalize=normalize, temperature=0.3).fit(rows)
+    seen = rows / np.linalg.norm(rows, axis=1, keepdims=True) if normalize else rows
+    found = fitted.as_linear().probabilities(torch.from_numpy(seen))[:, 0].detach().numpy()
+    np.testing.assert_allclose(found, fitted.probabilities_, atol=1e-5)

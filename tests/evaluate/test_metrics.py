@@ -213,7 +213,8 @@ def test_scores_of_a_perfect_assignment():
     assert (scores.method, scores.split, scores.n_images) == ("SCAN", "test", 60)
     assert scores.values == pytest.approx({
         "hungarian_accuracy": 1, "many_to_one_accuracy": 1, "nmi": 1, "ari": 1, "ami": 1, "top5_accuracy": 1,
-        "expected_calibration_error": 0, "n_clusters": 6, "used_clusters": 6})
+        "expected_calibration_error": 0, "confidence_gap": 0, "brier_score": 0, "area_under_risk_coverage": 0,
+        "n_clusters": 6, "used_clusters": 6})
 
 
 def test_scores_after_collapse():
@@ -222,7 +223,19 @@ def test_scores_after_collapse():
     assert values["hungarian_accuracy"] == pytest.approx(1 / 6)
     assert values["nmi"] == pytest.approx(0, abs=1e-12)
     assert values["used_clusters"] == 1
-    assert values["expected_calibration_error"] == pytest.approx(5 / 6)
+    assert values["expected_calibration_error"] == values["confidence_gap"] == pytest.approx(5 / 6)
+    assert values["brier_score"] == pytest.approx(2 * 5 / 6)
+    assert values["area_under_risk_coverage"] == pytest.approx(5 / 6)
+
+
+def test_scores_of_honesty_are_those_of_the_matched_clusters():
+    true = np.array([0, 0, 1, 1, -1])
+    p = np.array([[0.2, 0.8], [0.4, 0.6], [0.9, 0.1], [0.3, 0.7], [0.5, 0.5]])  # cluster 1 is class 0
+    values = score_assignment(assignment(p), true, method="m", split="s").values
+    assert values["confidence_gap"] == pytest.approx((0.8 + 0.6 + 0.9 + 0.7) / 4 - 3 / 4)
+    assert values["brier_score"] == pytest.approx(2 * (0.04 + 0.16 + 0.01 + 0.49) / 4)
+    # surest first: .9 right, .8 right, .7 wrong, .6 right
+    assert values["area_under_risk_coverage"] == pytest.approx((1 / 3 + 1 / 4) / 4)
 
 
 @pytest.mark.parametrize("n_clusters", [1, 2, 3, 12])

@@ -8,8 +8,10 @@ import pytest
 
 from phyla.cluster.kmeans import KMeans
 from phyla.evaluate import scorecard
+from phyla.evaluate.matching import hungarian_accuracy
 from phyla.evaluate.metrics import score_assignment
-from phyla.evaluate.scorecard import Split, fill_scorecard
+from phyla.evaluate.probes import knn_accuracy
+from phyla.evaluate.scorecard import Bank, Split, fill_scorecard
 from phyla.neighbors import find_neighbors
 from phyla.quality import neighbor_score
 from phyla.types import Assignment, Embeddings, ImageSet
@@ -17,7 +19,7 @@ from phyla.types import Assignment, Embeddings, ImageSet
 OPTIONS = {"n_clusters": 3, "kmeans_restarts": 2, "kmeans_max_images": 1000, "knn_neighbors": 5, "random_state": 0}
 KNOWN = {"n_clusters", "used_clusters", "effective_clusters", "mean_confidence", "neighbor_agreement", "neighbor_score"}
 METRICS = {"hungarian_accuracy", "many_to_one_accuracy", "nmi", "ari", "ami", "top3_accuracy",
-           "expected_calibration_error"}
+           "expected_calibration_error", "confidence_gap", "brier_score", "area_under_risk_coverage"}
 
 
 def made(name: str, n: int, seed: int, *, labelled: bool = True) -> Split:
@@ -139,6 +141,51 @@ def test_large_images_are_taken_in_parts(train, monkeypatch):
         sizes.append(len(rows))
         return real(split, rows)
 
-    monkeypatch.setattr(scorecard, "_SPACES", scorecard._SPACES | {"k-means on pixels": pixels})
+    monkeypatch.setattr(scorecard, "_SPACES", scorecard._SPACES | {"pixels": pixels})
     assert fill_scorecard([train], **OPTIONS) [0] == whole[0]
     assert max(sizes) == 12 and sum(size for size in sizes if size > 1) == 12 + 60
+
+
+# ── rival heads and a memory bank ─────────────────────────────────────────────────────────────────────────────────
+
+
+def test_rival_heads_give_mean_spread_and_best(train):
+    true = train.true
+    heads = np.stack([true, (true + (np.arange(60) % 2 == 0)) % 3, np.zeros(60, np.int64)])
+    row = fill_scorecard([replace(train, rivals={"SCAN": {"heads": heads, "epochs": heads[1:]}})], **OPTIONS)[2]
+    found = [hungarian_accuracy(true, labels) for labels in heads]
+    assert row.values["heads_mean_hungarian_accuracy"] == pytest.approx(np.mean(found))
+    assert row.values["heads_sd_hungarian_accuracy"] == pytest.approx(np.std(found))
+    assert row.values["heads_best_hungarian_accuracy"] == 1
+    assert row.values["epochs_best_hungarian_accuracy"] == max(found[1:])
+    assert "epochs_mean_hungarian_accuracy" not in row.values
+    assert row.values["hungarian_accuracy"] == pytest.approx(0.9)  # the result stays the result
+
+
+def test_a_memory_is_probed_as_it_is_and_recomputed(train):
+    test = made("test", 30, 1)
+    rng = np.random.default_rng(3)
+    useless = Embeddings(rng.normal(size=(60, 3)).astype(np.float32), train.images.ids)
+    bank = Bank(useless, train.true, {"train": train.embeddings, "test": test.embeddings})
+    rows = {(row.method, row.split): row.values for row in fill_scorecard([train, test], memory=bank, **OPTIONS)}
+    for split in ("train", "test"):
+        probes = rows["embeddings (probes)", split]
+        assert probes["knn_accuracy_5_recomputed"] == probes["knn_accuracy_5"] > 0.9
+        assert probes["knn_accuracy_5_memory"] < 0.7
+    alone = knn_accuracy(useless, train.true, n_neighbors=5)
+    assert rows["embeddings (probes)", "train"]["knn_accuracy_5_memory"] == alone
+
+
+def test_a_memory_of_more_images_leaves_a_part_of_itself_out(train):
+    more = made("train", 80, 0)
+    unlabelled = np.where(np.arange(80) < 60, more.true, -1)
+    test = made("test", 30, 1)
+    bank = Bank(more.embeddings, unlabelled, {"train": train.embeddings, "test": test.embeddings})
+    rows = {row.split: row.values for row in fill_scorecard([train, test], memory=bank, **OPTIONS)
+            if row.method == "embeddings (probes)"}
+    assert "knn_accuracy_5_memory" not in rows["train"] and rows["test"]["knn_accuracy_5_memory"] > 0.9
+
+
+def test_the_baselines_may_be_pixels_alone(train):
+    rows = fill_scorecard([train], kmeans_on=("pixels",), **OPTIONS)
+    assert [row.method for row in rows] == ["k-means on pixels", "SCAN", "embeddings (probes)"]

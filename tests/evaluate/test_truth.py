@@ -134,6 +134,49 @@ def test_imagenet_classes_are_numbered_as_in_the_subset(tmp_path):
     assert truth.names == CLASS_IDS["imagenet10"]
 
 
+def test_svhn_calls_ten_zero(tmp_path):
+    made = official.svhn(tmp_path / "svhn")
+    for split, (_, digits) in made.items():
+        ids = open_images("svhn", split=split, data_dir=tmp_path, download=False).images.ids
+        truth = true_labels("svhn", ids, split=split, data_dir=tmp_path)
+        assert truth is not None
+        np.testing.assert_array_equal(truth.labels, digits)
+        assert truth.names == tuple("0123456789")
+    (tmp_path / "svhn" / "test_32x32.mat").write_bytes(b"cut")
+    with pytest.raises(CorruptFileError, match=r"test_32x32\.mat"):
+        true_labels("svhn", ["test/00000"], split="test", data_dir=tmp_path)
+
+
+@pytest.mark.parametrize(("name", "write"), [("dogs", official.dogs), ("cub200", official.cub200)])
+def test_fine_grained_labels_come_from_the_lists(tmp_path, name, write):
+    made = write(tmp_path / name)
+    for split in ("train", "test"):
+        images = open_images(name, split=split, size=8, limit=5, data_dir=tmp_path).images
+        truth = true_labels(name, images.ids, split=split, data_dir=tmp_path)
+        assert truth is not None
+        assert truth.labels.tolist() == [made[split][image.split("/", 1)[1]] for image in images.ids]
+        np.testing.assert_allclose(images.array[:, 4, 4, 0], truth.labels, atol=4)  # the color tells the class
+        assert truth.n_classes == {"dogs": 120, "cub200": 200}[name]
+        folders = [image.split("/")[1] for image in images.ids]
+        assert all(folder.endswith(truth.names[label]) for folder, label in zip(folders, truth.labels, strict=True))
+        assert truth.names[truth.labels[0]] == folders[0].split("-" if name == "dogs" else ".", 1)[1]
+    ids = ["test/no/such.jpg", images.ids[1], "train/" + images.ids[1], images.ids[1].replace("test/", "train/", 1)]
+    truth = true_labels(name, ids, split="test", data_dir=tmp_path)
+    assert truth is not None
+    assert truth.labels.tolist() == [-1, made["test"][images.ids[1].split("/", 1)[1]], -1, -1]
+    with pytest.raises(InputError, match=r"none of the ids, such as 'a\.png'"):
+        true_labels(name, ["a.png"], data_dir=tmp_path)
+
+
+def test_birds_without_their_labels_are_no_reason_to_stop(tmp_path, caplog):
+    official.cub200(tmp_path / "CUB_200_2011")
+    (tmp_path / "CUB_200_2011" / "image_class_labels.txt").unlink()
+    ids = open_images("cub200", size=8, data_dir=tmp_path).images.ids
+    with caplog.at_level(logging.WARNING, "phyla"):
+        assert true_labels("cub200", ids, data_dir=tmp_path) is None
+    assert "no label files of CUB-200-2011, split train" in caplog.text
+
+
 # ── folders ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

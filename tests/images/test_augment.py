@@ -177,6 +177,62 @@ def test_only_chosen_operations_are_drawn():
     assert (levels % 2 == 0).all() and not torch.equal(levels, to_float(pixels).long())
 
 
+RUC_TABLE = {  # as published at its only level: what Pillow is told, on images of 32 and of 96 pixels; ± by a coin
+    "autocontrast": [lambda image, side: ImageOps.autocontrast(image)],
+    "brightness": [lambda image, side: ImageEnhance.Brightness(image).enhance(0.109)],
+    "color": [lambda image, side: ImageEnhance.Color(image).enhance(0.109)],
+    "contrast": [lambda image, side: ImageEnhance.Contrast(image).enhance(0.109)],
+    "equalize": [lambda image, side: ImageOps.equalize(image)],
+    "identity": [lambda image, side: image],
+    "posterize": [lambda image, side: ImageOps.posterize(image, 8)],
+    "rotate": [lambda image, side: image.rotate(41), lambda image, side: image.rotate(-41)],
+    "sharpness": [lambda image, side: ImageEnhance.Sharpness(image).enhance(0.109)],
+    "shear_x": [lambda image, side: affine(1, 0.27, 0, 0, 1, 0)(image),
+                lambda image, side: affine(1, -0.27, 0, 0, 1, 0)(image)],
+    "shear_y": [lambda image, side: affine(1, 0, 0, 0.27, 1, 0)(image),
+                lambda image, side: affine(1, 0, 0, -0.27, 1, 0)(image)],
+    "solarize": [lambda image, side: ImageOps.solarize(image, 231)],
+    "translate_x": [lambda image, side: affine(1, 0, {32: 8, 96: 25}[side], 0, 1, 0)(image),
+                    lambda image, side: affine(1, 0, {32: -8, 96: -25}[side], 0, 1, 0)(image)],
+    "translate_y": [lambda image, side: affine(1, 0, 0, 0, 1, {32: 8, 96: 25}[side])(image),
+                    lambda image, side: affine(1, 0, 0, 0, 1, {32: -8, 96: -25}[side])(image)],
+}
+
+
+@pytest.mark.parametrize("side", [32, 96])
+@pytest.mark.parametrize("name", STRONG)
+def test_ruc_operations_are_those_of_the_published_table(name, side):
+    """Each view is the untouched image or one of the table's, all of which occur."""
+    views = Views(kind="ruc_strong", size=side, operations=(name,), n_operations=1, cutout=0, flip=0.0,
+                  crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    pixels = pictures(side, side)[:2].repeat(12, 1, 1, 1)
+    made = (views(pixels, source(1)) * 255).round()
+    plain = to_pil(pixels[:2])
+    table = torch.stack([from_pil([change(image, side) for image in plain])
+                         for change in (lambda image, side: image, *RUC_TABLE[name])])
+    away = (made.view(12, 1, 2, 3, side, side) - table).abs() > 1  # a level of rounding, as elsewhere
+    share = away.double().mean(dim=(3, 4, 5))  # view, entry of the table, image
+    assert (share.amin(dim=1) < 1e-3).all(), "a view is none of the table's"
+    idle = name in ("identity", "posterize")
+    assert set(share.argmin(dim=1).flatten().tolist()) == ({0} if idle else set(range(len(table))))
+
+
+def test_the_grey_square_of_ruc_is_the_published_rectangle():
+    """Both corners that Pillow is given are drawn: 17 pixels inside, fewer at the borders."""
+    views = Views(kind="ruc_strong", size=32, n_operations=0, flip=0.0, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0),
+                  mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    pixels = torch.full((400, 32, 32, 3), 255, dtype=torch.uint8)
+    made = (views(pixels, source()) * 255).round()
+    sizes = set()
+    for view, (top, _, left, _) in zip(made, views.draw(400, source(), height=32, width=32).hole.tolist(), strict=True):
+        image = Image.new("RGB", (32, 32), (255, 255, 255))
+        corners = (left, top, min(32, left + 16), min(32, top + 16))
+        ImageDraw.Draw(image).rectangle(corners, (127, 127, 127))
+        assert torch.equal(view, from_pil([image])[0])
+        sizes.add(tuple(int((view[0] == 127).any(dim=axis).sum()) for axis in (0, 1)))
+    assert max(sizes) == (17, 17) and min(min(size) for size in sizes) == 9
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_recipe_survives_json(kind):
     views = Views(kind=kind, size=96, operations=("rotate", "equalize"), rotate=15.0, **CIFAR)

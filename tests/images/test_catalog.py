@@ -43,7 +43,9 @@ def test_every_entry_is_complete(name):
     entry = DATASETS[name]
     assert entry.note
     assert entry.size > 0
-    assert len(entry.classes) in (entry.n_classes, 0 if name.startswith("imagenet") else entry.n_classes)
+    named_by_files = any(layout.reader in ("imagenet", "dogs", "cub") for layout in entry.layouts)
+    assert len(entry.classes) == (0 if named_by_files else entry.n_classes)
+    assert bool(entry.archives) != bool(entry.site) or name == "digits"
     assert len(set(entry.classes)) == len(entry.classes)
     for split in entry.splits:
         for part in split_parts(name, split):
@@ -51,12 +53,20 @@ def test_every_entry_is_complete(name):
     for archive in entry.archives:
         assert len(archive.md5) == 32
         assert archive.url.startswith("http")
+        assert archive.split in (None, *entry.splits)
 
 
 def test_names_are_found_in_any_spelling():
     assert data_set_name("CIFAR-10") == "cifar10"
     assert data_set_name("fashion_mnist") == data_set_name("FashionMNIST") == "fashion-mnist"
+    assert data_set_name("Stanford Dogs") == data_set_name("stanford-dogs") == data_set_name("dogs") == "dogs"
+    assert data_set_name("CUB_200_2011") == data_set_name("cub-200") == "cub200"
     assert data_set_name("photos") is None
+
+
+def test_no_two_data_sets_share_a_name():
+    for name, entry in DATASETS.items():
+        assert data_set_name(name) == data_set_name(entry.title) == name
 
 
 def test_val_and_test_are_one():
@@ -111,6 +121,33 @@ def test_imagenet_is_found_in_the_usual_places(tmp_path, below):
     assert found_splits("imagenet50", tmp_path) == ("val",)
 
 
+@pytest.mark.parametrize("below", ["", "svhn", "SVHN"])
+def test_svhn_is_found_in_the_usual_places(tmp_path, below):
+    official.svhn(tmp_path / "data" / below)
+    assert found_splits("svhn", tmp_path / "data") == ("train", "test", "extra")
+    (tmp_path / "data" / below / "test_32x32.mat").unlink()
+    assert found_splits("svhn", tmp_path / "data") == ("train", "extra")
+
+
+@pytest.mark.parametrize("lists", ["", "lists"])
+@pytest.mark.parametrize(("below", "images"), [("", "Images"), ("dogs", "Images"), ("StanfordDogs", "images")])
+def test_dogs_are_found_in_the_usual_places(tmp_path, below, images, lists):
+    (tmp_path / below / images).mkdir(parents=True)
+    (tmp_path / below / lists).mkdir(exist_ok=True)
+    (tmp_path / below / lists / "test_list.mat").touch()
+    assert found_splits("dogs", tmp_path) == ("test",)
+    assert locate("dogs", "test", "labels", tmp_path) is not None
+
+
+@pytest.mark.parametrize("below", ["", "cub200", "CUB_200_2011", "cub200/CUB_200_2011"])
+def test_birds_are_found_in_the_usual_places(tmp_path, below):
+    official.cub200(tmp_path / below)
+    assert found_splits("cub200", tmp_path) == ("train", "test")
+    (tmp_path / below / "classes.txt").unlink()
+    assert found_splits("cub200", tmp_path) == ("train", "test")
+    assert locate("cub200", "train", "labels", tmp_path) is None
+
+
 def test_an_own_folder_goes_before_the_root(tmp_path):
     for below in ("train", "imagenet/train"):
         (tmp_path / below).mkdir(parents=True)
@@ -150,3 +187,25 @@ def test_what_is_missing_and_where_to_put_it(tmp_path):
     assert "data_batch_1" in str(not_found("cifar10", "train", "images", tmp_path))
     assert "3 more" in str(not_found("cifar10", "train", "images", tmp_path))
     assert "registration" in str(not_found("imagenet50", "val", "images", tmp_path))
+
+
+def test_research_only_is_said_where_nothing_is_downloaded(tmp_path):
+    for name, files in (("dogs", "Images, train_list.mat"), ("cub200", "CUB_200_2011/images")):
+        text = str(not_found(name, "train", "images", tmp_path)).replace("\\", "/")
+        assert f"no {files}" in text
+        assert "for research only" in text
+        assert DATASETS[name].archives == ()
+
+
+def test_what_lacks_beside_what_is_there(tmp_path):
+    (tmp_path / "dogs" / "Images").mkdir(parents=True)
+    text = str(not_found("dogs", "test", "images", tmp_path))
+    assert f"Stanford Dogs, split test: {tmp_path / 'dogs'} has Images and lacks test_list.mat" in text
+    official.cub200(tmp_path / "cub200" / "CUB_200_2011")
+    for name in ("images", "train_test_split"):
+        (tmp_path / "cub200" / "CUB_200_2011" / f"{name}.txt").unlink()
+    assert "CUB_200_2011 has images and lacks images.txt, train_test_split.txt" in str(
+        not_found("cub200", "train", "images", tmp_path))
+    official.cifar10(tmp_path / "cifar10")
+    (tmp_path / "cifar10" / "cifar-10-batches-py" / "data_batch_4").unlink()
+    assert "has data_batch_1 and lacks data_batch_4." in str(not_found("cifar10", "train", "images", tmp_path))

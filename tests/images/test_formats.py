@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.io import loadmat, savemat
 
 import official
 from phyla.errors import CorruptFileError, InputError
@@ -157,6 +158,52 @@ def test_a_damaged_stl_file_is_named(tmp_path):
         path.write_bytes(labels)
         with pytest.raises(CorruptFileError, match=r"train_X\.bin"):
             formats.stl_labels(path)
+
+
+def test_svhn_lies_along_the_last_axis_and_calls_zero_ten(tmp_path):
+    made = official.svhn(tmp_path / "svhn")
+    for split, (images, digits) in made.items():
+        path = tmp_path / "svhn" / f"{split}_32x32.mat"
+        np.testing.assert_array_equal(formats.svhn_pixels(path), images)
+        labels = formats.svhn_labels(path)
+        np.testing.assert_array_equal(labels, digits)
+        assert labels.dtype == np.int64
+    assert set(made["train"][1]) == set(range(10))
+    assert loadmat(tmp_path / "svhn" / "train_32x32.mat")["y"][:3].ravel().tolist() == [10, 1, 2]
+
+
+def test_svhn_without_labels_has_pixels(tmp_path):
+    images, path = official.pixels(3, 32), tmp_path / "train_32x32.mat"
+    savemat(path, {"X": images.transpose(1, 2, 3, 0)})
+    np.testing.assert_array_equal(formats.svhn_pixels(path), images)
+    with pytest.raises(CorruptFileError, match=r"train_32x32\.mat .*'y'.*no such variable"):
+        formats.svhn_labels(path)
+
+
+@pytest.mark.parametrize("images", [np.zeros((32, 32, 3, 2)), np.zeros((32, 32, 1, 2), np.uint8),
+                                    np.zeros((32, 32, 3), np.uint8), np.zeros((32, 32, 3, 0), np.uint8), "text"])
+def test_svhn_of_another_shape_is_named(tmp_path, images):
+    path = tmp_path / "train_32x32.mat"
+    savemat(path, {"X": images})
+    with pytest.raises(CorruptFileError, match=r"train_32x32\.mat.*'X'"):
+        formats.svhn_pixels(path)
+
+
+@pytest.mark.parametrize("labels", [[1, 2], [1, 2, 3, 4], [0, 1, 2], [1, 2, 11], [1, 2, 2.5]])
+def test_svhn_labels_that_cannot_be_are_named(tmp_path, labels):
+    path = tmp_path / "train_32x32.mat"
+    savemat(path, {"X": np.zeros((32, 32, 3, 3), np.uint8), "y": np.array(labels)[:, None]})
+    with pytest.raises(CorruptFileError, match=r"train_32x32\.mat should give 3 labels of 1 to 10"):
+        formats.svhn_labels(path)
+
+
+def test_a_damaged_svhn_file_is_named(tmp_path):
+    official.svhn(tmp_path / "svhn")
+    path = tmp_path / "svhn" / "train_32x32.mat"
+    for data in (b"", b"<html>Not Found</html>", path.read_bytes()[:-3000]):
+        path.write_bytes(data)
+        with pytest.raises(CorruptFileError, match=r"train_32x32\.mat"):
+            formats.svhn_pixels(path)
 
 
 @pytest.mark.parametrize("zipped", [False, True])

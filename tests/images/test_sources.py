@@ -11,7 +11,7 @@ from PIL import Image
 
 import official
 from phyla.errors import CorruptFileError, DataNotFoundError, InputError
-from phyla.images import gather, sources
+from phyla.images import finegrained, formats, gather, sources
 from phyla.images.catalog import DATASETS
 from phyla.images.decode import square
 from phyla.images.folders import stream_images
@@ -96,6 +96,107 @@ def test_mnist_becomes_rgb(tmp_path, name):
     images, _ = official.mnist(tmp_path / name, zipped=name == "mnist")
     loaded = opened(name, tmp_path, split="test").images
     np.testing.assert_array_equal(loaded.array, np.repeat(images[5:, ..., None], 3, 3))
+
+
+def test_svhn_and_its_three_splits(tmp_path):
+    made = official.svhn(tmp_path / "svhn")
+    for split, (images, _) in made.items():
+        loaded = opened("SVHN", tmp_path, split=split).images
+        np.testing.assert_array_equal(loaded.array, images)
+        assert list(loaded.ids) == [f"{split}/{i:05d}" for i in range(len(images))]
+        assert loaded.name == f"SVHN {split}"
+    np.testing.assert_array_equal(opened("svhn", tmp_path, limit=3).images.array, made["train"][0][[0, 6, 11]])
+    assert opened("svhn", tmp_path, split="val", size=16).images.array.shape == (3, 16, 16, 3)
+    (tmp_path / "svhn" / "test_32x32.mat").write_bytes(b"<html>")
+    with pytest.raises(CorruptFileError, match=r"test_32x32\.mat is not a MATLAB 5 file"):
+        opened("svhn", tmp_path, split="test")
+
+
+@pytest.mark.parametrize("split", ["train", "extra"])
+def test_only_the_split_that_is_wanted_is_fetched(tmp_path, monkeypatch, split):
+    official.svhn(tmp_path / "made")
+    fetched = []
+
+    def fetch(archive, folder):
+        fetched.append(archive.filename)
+        (tmp_path / "made" / archive.filename).replace(folder / archive.filename)
+
+    monkeypatch.setattr("phyla.images.download.fetch", fetch)
+    assert len(open_images("svhn", split=split, data_dir=tmp_path / "data").images) == {"train": 12, "extra": 4}[split]
+    assert fetched == [f"{split}_32x32.mat"]
+    assert (tmp_path / "data" / "svhn" / fetched[0]).exists()
+
+
+@pytest.mark.parametrize("lists", ["", "lists"])
+def test_dogs_are_decoded_in_the_order_of_their_list(tmp_path, lists):
+    made = official.dogs(tmp_path / "dogs", lists)
+    for i, split in enumerate(("train", "test")):
+        images = opened("Stanford-Dogs", tmp_path, split=split, size=8).images
+        assert list(images.ids) == [f"{split}/{file}" for file in made[split]]
+        np.testing.assert_allclose(images.array[:, 4, 4, 0], list(made[split].values()), atol=4)
+        np.testing.assert_allclose(images.array[:, 4, 4, 1], 100 * i, atol=6)
+    some = opened("dogs", tmp_path, split="val", limit=2).images
+    assert some.size == (96, 96)
+    assert list(some.ids) == [f"test/{list(made['test'])[row]}" for row in (0, 119)]
+    assert some.name == "Stanford Dogs test"
+
+
+def test_birds_are_decoded_by_their_numbers(tmp_path):
+    made = official.cub200(tmp_path / "cub200" / "CUB_200_2011")
+    for i, (split, part) in enumerate((("test", "test"), ("train", "train"), ("val", "test"))):
+        images = opened("cub200", tmp_path, split=split, size=8).images
+        assert list(images.ids) == [f"{part}/{file}" for file in made[part]]
+        np.testing.assert_allclose(images.array[:, 4, 4, 0], list(made[part].values()), atol=4)
+        np.testing.assert_allclose(images.array[:, 4, 4, 1], 100 * (i == 1), atol=6)
+    some = opened("CUB-200-2011", tmp_path, limit=3).images
+    assert some.size == (96, 96)
+    assert [name.split("/")[1] for name in some.ids] == ["001.Bird_0", "008.Bird_7", "200.Bird_199"]
+
+
+def test_listed_files_that_are_not_there_are_left_out(tmp_path):
+    made = official.cub200(tmp_path / "CUB_200_2011")
+    first = next(iter(made["train"]))
+    (tmp_path / "CUB_200_2011" / "images" / first).unlink()
+    loaded = opened("cub200", tmp_path, size=8)
+    assert len(loaded.images) == 5
+    assert [name for name, _ in loaded.skipped] == [f"train/{first}"]
+    with pytest.raises(CorruptFileError, match=first):
+        opened("cub200", tmp_path, size=8, strict=True)
+
+
+def test_images_without_their_lists_or_lists_without_images(tmp_path):
+    official.dogs(tmp_path / "dogs")
+    (tmp_path / "dogs" / "train_list.mat").unlink()
+    with pytest.raises(DataNotFoundError) as raised:
+        open_images("dogs", data_dir=tmp_path)  # the network is not asked
+    assert "dogs has Images and lacks train_list.mat" in str(raised.value)
+    assert "for research only" in str(raised.value)
+    assert len(opened("dogs", tmp_path, split="test", size=8).images) == 120
+    (tmp_path / "dogs" / "Images").rename(tmp_path / "elsewhere")
+    with pytest.raises(DataNotFoundError, match=r"has test_list\.mat and lacks Images"):
+        opened("dogs", tmp_path, split="test")
+
+
+def test_pixels_are_read_without_reading_a_label(tmp_path, monkeypatch):
+    official.svhn(tmp_path / "svhn")
+    official.dogs(tmp_path / "dogs")
+    official.cub200(tmp_path / "cub200")
+    for name in ("image_class_labels", "classes"):
+        (tmp_path / "cub200" / f"{name}.txt").unlink()
+    read = []
+
+    def noted(path, name, _real=formats.read_array):
+        read.append(name)
+        return _real(path, name)
+
+    for module in (formats, finegrained):
+        monkeypatch.setattr(module, "read_array", noted)
+        for name in vars(module):
+            if name.endswith(("_labels", "_names")):
+                monkeypatch.setattr(module, name, None)
+    for name in ("svhn", "dogs", "cub200"):
+        assert len(opened(name, tmp_path, size=8).images) > 5
+    assert read == ["X"]
 
 
 def test_digits_need_no_file():
@@ -311,6 +412,13 @@ def test_a_folder_called_like_a_data_set(tmp_path, photos, monkeypatch):
     assert open_images("digits", limit=3).images.ids[0] == "train/00000"
     for source in ("./digits", "digits/", Path("digits")):
         assert open_images(source).images.ids[0] == "cats/01.png"
+
+
+def test_a_folder_called_like_a_data_set_that_is_not_here(tmp_path, photos, monkeypatch):
+    monkeypatch.chdir(photos)
+    with pytest.raises(DataNotFoundError, match=r"; the dogs in this folder is meant by \./dogs\. hint"):
+        open_images("dogs", data_dir=tmp_path / "data")
+    assert len(open_images("./dogs").images) == 6
 
 
 def test_loaded_knows_no_label(tmp_path):

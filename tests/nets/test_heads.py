@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from phyla.errors import InputError
-from phyla.nets.heads import ClusterHeads, ClusterNet, Projection
+from phyla.nets.heads import ClusterHeads, ClusterNet, NormalizedHeads, Projection, normalized
 from phyla.nets.resnet import EncoderSpec, initialise
 
 
@@ -155,3 +155,118 @@ def test_the_gradient_reaches_encoder_and_heads() -> None:
     assert all(parameter.grad is not None and torch.isfinite(parameter.grad).all() for parameter in net.parameters())
     assert net.encoder.conv1.weight.grad.abs().max() > 0
     assert (net.heads.weight.grad.abs().amax(dim=(1, 2)) > 0).all()
+
+
+# ── projections of other depths ───────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_projection_of_one_layer_is_linear_and_of_none_only_a_length() -> None:
+    linear, x = Projection(8, 3, n_layers=1), rows(5, 8)
+    initialise(linear, seeded())
+    wanted = x @ linear[0].weight.T + linear[0].bias
+    assert torch.allclose(linear(x), wanted / wanted.norm(dim=1, keepdim=True), atol=1e-6)
+    assert [tuple(value.shape) for value in linear.parameters()] == [(3, 8), (3,)]
+    bare = Projection(8, 8, n_layers=0)
+    assert not list(bare.parameters()) and not bare.state_dict()
+    assert torch.allclose(bare(x), x / x.norm(dim=1, keepdim=True), atol=1e-6)
+
+
+@pytest.mark.parametrize("sizes", [(8, 3, 2), (8, 3, 1), (8, 8, 0)])
+def test_a_projection_is_made_again_from_its_form(sizes: tuple[int, int, int]) -> None:
+    held = Projection(*sizes)
+    assert held.spec() == dict(zip(("n_features", "n_out", "n_layers"), sizes, strict=True))
+    again = Projection(**held.spec())
+    again.load_state_dict(held.state_dict())
+    assert torch.equal(again(rows(5, 8)), held(rows(5, 8)))
+
+
+@pytest.mark.parametrize("sizes", [(8, 3, 3), (8, 3, -1), (8, 3, 0)])
+def test_a_projection_of_another_depth_is_refused(sizes: tuple[int, int, int]) -> None:
+    with pytest.raises(InputError, match=rf"of {sizes[2]} layers from 8 to 3 .* hint: 0 .*1 or 2 layers"):
+        Projection(*sizes)
+
+
+# ── normalised heads ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def drawn(n_heads: int = 3, n_features: int = 6, n_clusters: int = 4) -> torch.Tensor:
+    return torch.randn(n_heads, n_features, n_clusters, generator=seeded(4))
+
+
+def test_normalised_weights_have_rows_or_columns_of_length_one_and_zeros_stay() -> None:
+    raw = drawn()
+    raw[0, 2], raw[1, :, 3] = 0.0, 0.0
+    by_row, by_column = normalized(raw, "feature_rows"), normalized(raw, "class_columns")
+    lengths, wanted = by_row.norm(dim=2), torch.ones(3, 6)
+    wanted[0, 2] = 0
+    assert torch.allclose(lengths, wanted, atol=1e-6)
+    lengths, wanted = by_column.norm(dim=1), torch.ones(3, 4)
+    wanted[1, 3] = 0
+    assert torch.allclose(lengths, wanted, atol=1e-6)
+    for norm in ("feature_rows", "class_columns"):
+        assert torch.equal(normalized(raw[2], norm), normalized(raw, norm)[2]), "of one head as of many"
+
+
+def test_a_prototype_of_unit_feature_rows_is_longer_than_one() -> None:
+    raw = torch.randn(5, 128, 10, generator=seeded())
+    assert normalized(raw, "feature_rows").norm(dim=1).mean().item() == pytest.approx(math.sqrt(12.8), rel=0.01)
+
+
+@pytest.mark.parametrize("norm", ["feature_rows", "class_columns"])
+def test_normalised_heads_are_separate_products_divided_by_the_temperature(norm: str) -> None:
+    heads, x = NormalizedHeads(drawn(), temperature=0.1, norm=norm), rows()
+    assert heads(x).shape == (3, 5, 4) and heads(rows(0)).shape == (3, 0, 4)
+    for h, raw in enumerate(drawn()):
+        assert torch.allclose(heads(x)[h], x @ normalized(raw, norm) / 0.1, atol=1e-4)
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize("norm", ["feature_rows", "class_columns"])
+def test_plain_linear_heads_give_the_same_logits_as_normalised_ones(norm: str, trainable: bool) -> None:
+    heads, x = NormalizedHeads(drawn(), temperature=0.05, norm=norm, trainable=trainable).double(), rows().double()
+    plain = heads.as_linear()
+    assert isinstance(plain, ClusterHeads) and (plain.n_heads, plain.n_clusters) == (3, 4)
+    assert torch.allclose(plain(x), heads(x), rtol=1e-12) and not plain.bias.any()
+    assert torch.allclose(plain.only(2)(x)[0], heads(x)[2], rtol=1e-12)
+    before = heads(x).detach().clone()
+    with torch.no_grad():
+        plain.weight.zero_()
+    assert torch.equal(heads(x), before), "they share nothing"
+
+
+def test_prototypes_are_buffers_unless_they_are_trained() -> None:
+    fixed, x = NormalizedHeads(drawn(), temperature=0.1, norm="feature_rows"), rows().requires_grad_()
+    assert not list(fixed.parameters()) and list(fixed.state_dict()) == ["weight"]
+    fixed(x).square().sum().backward()
+    assert x.grad.isfinite().all() and x.grad.any() and fixed.weight.grad is None
+    trained = NormalizedHeads(drawn(), temperature=0.1, norm="feature_rows", trainable=True)
+    trained(rows()).square().sum().backward()
+    assert list(trained.state_dict()) == ["weight"] and (trained.weight.grad.abs().amax(dim=(1, 2)) > 0).all()
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
+def test_normalised_heads_refuse_a_temperature_that_is_not_positive(temperature: float) -> None:
+    with pytest.raises(InputError, match="temperature must be above 0"):
+        NormalizedHeads(drawn(), temperature=temperature, norm="feature_rows")
+
+
+# ── a projection between ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_cluster_net_with_a_projection_is_heads_on_projection_on_encoder() -> None:
+    encoder, projection = EncoderSpec(width=2).build(seeded()), Projection(16, 5)
+    initialise(projection, seeded(2))
+    net = ClusterNet(encoder, made(5), projection).eval()
+    views = torch.randn(3, 3, 16, 16, generator=seeded(3))
+    assert torch.equal(net.embed(views), projection(encoder(views)))
+    assert torch.equal(net(views), net.heads(projection(encoder(views))))
+    assert torch.allclose(net.probabilities(views), net(views).softmax(dim=2).transpose(0, 1), atol=1e-6)
+    assert set(name.split(".")[0] for name in net.state_dict()) == {"encoder", "heads", "projection"}
+    kept, before = net.only(1), net(views)
+    assert torch.allclose(kept(views)[0], before[1], atol=1e-6)
+    with torch.no_grad():
+        for value in kept.parameters():
+            value.zero_()
+    assert torch.equal(net(views), before), "it shares no projection either"
+    net(views).sum().backward()
+    assert all(parameter.grad.any() for parameter in projection.parameters())

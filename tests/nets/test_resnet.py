@@ -1,5 +1,6 @@
 """The encoders are the published ones: sizes, names, maps, first weights."""
 
+import json
 import math
 import re
 from dataclasses import asdict
@@ -10,15 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from phyla.errors import InputError
-from phyla.nets.resnet import EncoderSpec, ResNet, initialise
+from phyla.nets.heads import Projection
+from phyla.nets.resnet import SOBEL, EncoderSpec, ResNet, TwoStream, initialise
 
 STAGES = ("maxpool", "layer1", "layer2", "layer3", "layer4")
 
 
-def on_paper(spec: EncoderSpec) -> ResNet:
+def on_paper(spec: EncoderSpec) -> ResNet | TwoStream:
     """The encoder without memory for its weights: enough to count them."""
     with torch.device("meta"):
-        return ResNet(spec)
+        return TwoStream(spec) if spec.streams == "rgb_sobel" else ResNet(spec)
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -37,7 +39,7 @@ def map_sides(net: ResNet, side: int) -> list[int]:
 
 @pytest.mark.parametrize(("name", "stem", "n_parameters", "n_entries", "n_features"), [
     ("resnet18", "cifar", 11_168_832, 120, 512), ("resnet18", "stl", 11_168_832, 120, 512),
-    ("resnet50", "imagenet", 23_508_032, 318, 2048)])
+    ("resnet50", "imagenet", 23_508_032, 318, 2048), ("resnet101", "imagenet", 42_500_160, 624, 2048)])
 def test_the_published_sizes(name: str, stem: str, n_parameters: int, n_entries: int, n_features: int) -> None:
     spec = EncoderSpec(name, stem)
     net = on_paper(spec)
@@ -54,7 +56,8 @@ def published_names(depth: str) -> set[str]:
 
     blocks, n_convs, shortcut, stages = {
         "resnet18": ((2, 2, 2, 2), 2, "shortcut", (2, 3, 4)),
-        "resnet50": ((3, 4, 6, 3), 3, "downsample", (1, 2, 3, 4))}[depth]
+        "resnet50": ((3, 4, 6, 3), 3, "downsample", (1, 2, 3, 4)),
+        "resnet101": ((3, 4, 23, 3), 3, "downsample", (1, 2, 3, 4))}[depth]
     names = {"conv1.weight"} | norm("bn1")
     for stage, n in enumerate(blocks, 1):
         for block in (f"layer{stage}.{i}" for i in range(n)):
@@ -65,7 +68,7 @@ def published_names(depth: str) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("depth", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("depth", ["resnet18", "resnet50", "resnet101"])
 def test_the_published_names(depth: str) -> None:
     assert set(on_paper(EncoderSpec(depth)).state_dict()) == published_names(depth)
 
@@ -81,8 +84,8 @@ def by_hand(state: dict[str, Tensor], x: Tensor, *, stride: int, padding: int,
 
     x = conv_norm(x, "conv1", "bn1", stride=stride, padding=padding).relu()
     x = nn.functional.max_pool2d(x, *pool) if pool else x
-    blocks = [name.rsplit(".", 2)[0] for name in state if re.fullmatch(r"layer\d\.\d\.conv1\.weight", name)]
-    for block in sorted(blocks):
+    blocks = [name.rsplit(".", 2)[0] for name in state if re.fullmatch(r"layer\d\.\d+\.conv1\.weight", name)]
+    for block in sorted(blocks, key=lambda name: [int(number) for number in re.findall(r"\d+", name)]):
         step = 2 if block.endswith(".0") and not block.startswith("layer1") else 1
         paddings = (0, 1, 0) if f"{block}.conv3.weight" in state else (1, 1)
         strided = 2 if len(paddings) == 3 else 1  # the 3x3 convolution strides: the second of three, the first of two
@@ -100,7 +103,8 @@ def by_hand(state: dict[str, Tensor], x: Tensor, *, stride: int, padding: int,
 @pytest.mark.parametrize(("depth", "stem", "stem_options"), [
     ("resnet18", "cifar", {"stride": 1, "padding": 1, "pool": None}),
     ("resnet18", "stl", {"stride": 1, "padding": 1, "pool": (2, 2, 1)}),
-    ("resnet50", "imagenet", {"stride": 2, "padding": 3, "pool": (3, 2, 1)})])
+    ("resnet50", "imagenet", {"stride": 2, "padding": 3, "pool": (3, 2, 1)}),
+    ("resnet101", "cifar", {"stride": 1, "padding": 1, "pool": None})])
 def test_the_network_is_the_one_on_paper(depth: str, stem: str, stem_options: dict[str, Any]) -> None:
     net = EncoderSpec(depth, stem, width=4).build(seeded()).double().eval()
     for name, value in net.state_dict().items():
@@ -173,6 +177,49 @@ def test_initialise_draws_linear_layers_as_torch_does_and_forgets_statistics() -
     assert (net[1].running_mean == 0).all() and net[1].num_batches_tracked == 0
 
 
+def fan_in(layer: nn.Conv2d) -> int:
+    return layer.in_channels * layer.kernel_size[0] * layer.kernel_size[1]
+
+
+@pytest.mark.parametrize("streams", ["rgb", "rgb_sobel"])
+def test_uniform_first_weights_are_those_of_old_pytorch(streams: str) -> None:
+    net = EncoderSpec(width=16, streams=streams).build(seeded())
+    for layer in net.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.bias.data.fill_(3.0)
+            layer.running_var.fill_(3.0)
+    initialise(net, seeded(1), convolutions="uniform", bn_scale="uniform")
+    scales = []
+    for name, layer in net.named_modules():
+        if isinstance(layer, nn.Conv2d):
+            bound, n = 1 / math.sqrt(fan_in(layer)), layer.weight.numel()
+            assert layer.weight.abs().max() <= bound, name
+            assert layer.weight.abs().max() > bound * (1 - 10 / n), name
+            assert layer.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=5 / math.sqrt(n)), name
+            assert abs(layer.weight.mean().item()) < 5 * bound / math.sqrt(3 * n), name
+        if isinstance(layer, nn.BatchNorm2d):
+            scales.append(layer.weight.detach())
+            assert (layer.bias == 0).all() and (layer.running_mean == 0).all() and (layer.running_var == 1).all()
+    drawn = torch.cat(scales)
+    assert drawn.min() >= 0 and drawn.max() < 1
+    assert drawn.mean().item() == pytest.approx(1 / 2, abs=5 / math.sqrt(12 * len(drawn)))
+    assert drawn.var().item() == pytest.approx(1 / 12, rel=0.1)
+
+
+def test_each_choice_of_first_weights_leaves_the_other_alone() -> None:
+    def drawn(**choices: str) -> dict[str, Tensor]:
+        net = EncoderSpec(width=2).build(seeded())
+        initialise(net, seeded(1), **choices)
+        return dict(net.state_dict())
+
+    plain, uniform = drawn(), drawn(convolutions="uniform")
+    assert all((value == 1).all() for name, value in uniform.items() if "bn" in name and name.endswith(".weight"))
+    assert not torch.equal(plain["conv1.weight"], uniform["conv1.weight"])
+    scaled = drawn(bn_scale="uniform")
+    assert torch.equal(plain["conv1.weight"], scaled["conv1.weight"]), "the first draw of both"
+    assert (scaled["bn1.weight"] < 1).all()
+
+
 def test_the_seed_decides_every_weight_and_the_global_generator_is_left_alone() -> None:
     def weights(seed: int) -> Tensor:
         return torch.cat([value.flatten() for value in EncoderSpec(width=4).build(seeded(seed)).parameters()])
@@ -202,17 +249,207 @@ def test_float64_stays_float64() -> None:
 
 
 def test_a_spec_is_what_a_file_can_hold() -> None:
-    spec = EncoderSpec("resnet50", "imagenet", 16)
-    assert EncoderSpec(**asdict(spec)) == spec
-    assert asdict(spec) == {"name": "resnet50", "stem": "imagenet", "width": 16}
+    spec = EncoderSpec("resnet50", "imagenet", 2, "rgb_sobel")
+    held = json.dumps(asdict(spec))
+    assert EncoderSpec(**json.loads(held)) == spec
+    assert {"name": "resnet50", "stem": "imagenet", "width": 2, "streams": "rgb_sobel"}.items() <= asdict(spec).items()
     assert spec.build(seeded()).spec is spec
+    first_release = {"name": "resnet18", "stem": "cifar", "width": 4}
+    assert EncoderSpec(**first_release) == EncoderSpec("resnet18", "cifar", 4, "rgb")
 
 
 @pytest.mark.parametrize(("fields", "told"), [
     ({"name": "resnet81"}, "encoder name='resnet81' is not known. hint: did you mean resnet18"),
     ({"stem": "imagnet"}, "did you mean imagenet"), ({"stem": "x"}, "allowed: cifar, imagenet, stl"),
-    ({"width": 0}, "at least 1, got 0")])
+    ({"width": 0}, "at least 1, got 0"), ({"streams": "rgb_sobl"}, "streams='rgb_sobl'.*did you mean rgb_sobel")])
 @pytest.mark.usefixtures("unchecked")
 def test_a_wrong_spec_is_refused(fields: dict[str, object], told: str) -> None:
     with pytest.raises(InputError, match=told):
         EncoderSpec(**fields)
+
+
+# ---- two streams ----------------------------------------------------------------------------------------------------
+
+TWO = EncoderSpec(width=4, streams="rgb_sobel")
+
+
+def two_streams(spec: EncoderSpec = TWO) -> TwoStream:
+    return spec.build(seeded())
+
+
+def views_of(side: int, n: int = 3, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(n, 3, side, side, generator=seeded(1), dtype=torch.float64).to(dtype)
+
+
+def test_two_streams_have_the_published_sizes() -> None:
+    spec = EncoderSpec(streams="rgb_sobel")
+    with torch.device("meta"):
+        net = nn.Sequential(TwoStream(spec), Projection(spec.n_features, 128, n_layers=1))
+    parameters = list(net.parameters())
+    assert spec.n_features == 1024
+    assert all(parameter.requires_grad for parameter in parameters)
+    assert sum(parameter.numel() for parameter in parameters) == 22_468_288
+    norms = [layer for layer in net.modules() if isinstance(layer, nn.BatchNorm2d)]
+    assert sum(buffer.numel() for norm in norms for buffer in norm.buffers()) == 19_240
+    assert len(net.state_dict()) == 242
+
+
+def test_two_streams_cost_what_is_published() -> None:
+    macs = 0
+
+    def count(layer: nn.Module, _: object, out: Tensor) -> None:
+        nonlocal macs
+        macs += out.numel() * (fan_in(layer) if isinstance(layer, nn.Conv2d) else layer.in_features)
+
+    spec = EncoderSpec(streams="rgb_sobel")
+    net = nn.Sequential(TwoStream(spec), Projection(spec.n_features, 128, n_layers=1)).eval()
+    for layer in net.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            layer.register_forward_hook(count)
+    with torch.no_grad():
+        net(torch.zeros(1, 3, 32, 32))
+    assert macs / 1e9 == pytest.approx(1.110, abs=5e-4)
+
+
+def test_two_streams_of_resnet101_have_the_published_form() -> None:
+    spec = EncoderSpec("resnet101", streams="rgb_sobel")
+    net = on_paper(spec)
+    assert spec.n_features == 4096
+    assert [len(getattr(net.sobel, f"layer{stage}")) for stage in (1, 2, 3, 4)] == [3, 4, 23, 3]
+    assert net.sobel.layer4[0].conv3.weight.shape == (2048, 512, 1, 1)
+    narrow = two_streams(EncoderSpec("resnet101", width=2, streams="rgb_sobel"))
+    assert narrow(views_of(16)).shape == (3, 4096 * 2 // 64)
+
+
+def test_both_streams_have_the_names_and_shapes_of_the_plain_network_but_for_the_first_convolution() -> None:
+    plain = {name: value.shape for name, value in on_paper(EncoderSpec(width=4)).state_dict().items()}
+    state = {name: value.shape for name, value in on_paper(TWO).state_dict().items()}
+    assert state.pop("sobel.conv1.weight") == (4, 2, 3, 3)
+    wanted = {f"{stream}.{name}": shape for stream in ("rgb", "sobel") for name, shape in plain.items()}
+    wanted.pop("sobel.conv1.weight")
+    assert state == wanted, "and no filters"
+
+
+def edges_by_loop(x: Tensor) -> Tensor:
+    """Grey, then each derivative written out: nine neighbors, zero outside, rows from top to bottom."""
+    n, _, height, width = x.shape
+    out = torch.zeros(n, 2, height, width, dtype=x.dtype)
+    for image in range(n):
+        grey = (x[image, 0] + x[image, 1] + x[image, 2]) / 3
+
+        def at(row: int, column: int, grey: Tensor = grey) -> float:
+            return float(grey[row, column]) if 0 <= row < height and 0 <= column < width else 0.0
+
+        for i in range(height):
+            for j in range(width):
+                out[image, 0, i, j] = (at(i - 1, j - 1) - at(i - 1, j + 1) + 2 * at(i, j - 1) - 2 * at(i, j + 1)
+                                       + at(i + 1, j - 1) - at(i + 1, j + 1))
+                out[image, 1, i, j] = (at(i - 1, j - 1) + 2 * at(i - 1, j) + at(i - 1, j + 1)
+                                       - at(i + 1, j - 1) - 2 * at(i + 1, j) - at(i + 1, j + 1))
+    return out
+
+
+def edges_by_convolutions() -> nn.Sequential:
+    """The front end of the paper's network: a 1x1 convolution to grey, then a 3x3 one, both fixed."""
+    grey, filters = nn.Conv2d(3, 1, 1).double(), nn.Conv2d(1, 2, 3, padding=1).double()
+    horizontal = torch.tensor([1.0, 2.0, 1.0])[:, None] * torch.tensor([1.0, 0.0, -1.0])
+    grey.weight.data.fill_(1 / 3)
+    filters.weight.data.copy_(torch.stack([horizontal, horizontal.T])[:, None])
+    grey.bias.data.zero_()
+    filters.bias.data.zero_()
+    return nn.Sequential(grey, filters).requires_grad_(False)
+
+
+def test_edges_are_sobel_derivatives_of_grey() -> None:
+    x = views_of(7, n=2, dtype=torch.float64)[..., :5]
+    found = two_streams().double().edges(x)
+    assert torch.allclose(found, edges_by_loop(x), rtol=0, atol=1e-12)
+    assert torch.allclose(found, edges_by_convolutions()(x), rtol=0, atol=1e-12)
+
+
+def test_edges_have_the_published_sign_and_answer_at_the_border() -> None:
+    left = torch.zeros(1, 3, 8, 8)
+    left[..., :4] = 1.0
+    horizontal, vertical = two_streams().edges(left)[0]
+    assert horizontal[4].tolist() == [-4, 0, 0, 4, 4, 0, 0, 0], "bright on the left is positive; zeros lie around"
+    assert vertical[4].tolist() == [0] * 8
+    assert vertical[0].tolist() == [-3, -4, -4, -3, -1, 0, 0, 0]
+    assert torch.equal(two_streams().edges(left.transpose(2, 3))[0, 1], horizontal.T)
+
+
+def test_the_filters_are_fixed() -> None:
+    net = two_streams()
+    x = views_of(8).requires_grad_()
+    assert not net.edges(x).requires_grad
+    assert torch.equal(net.filters, torch.tensor(SOBEL)[:, None])
+    assert not any("filters" in name for name in (*net.state_dict(), *dict(net.named_parameters())))
+    net(x).sum().backward()
+    assert net.filters.grad is None
+
+
+def test_the_pixels_half_is_first_and_nothing_is_shared() -> None:
+    net, x = two_streams().eval(), views_of(16)
+    with torch.no_grad():
+        before = net(x)
+        assert torch.equal(before, torch.cat([net.rgb(x), net.sobel(net.edges(x))], dim=1))
+        for value in net.rgb.parameters():
+            value.add_(0.1)
+        after = net(x)
+    assert (before[:, :32] - after[:, :32]).abs().min() > 0
+    assert torch.equal(before[:, 32:], after[:, 32:])
+    places = [value.untyped_storage().data_ptr() for value in net.state_dict().values()]
+    assert len(set(places)) == len(places) == 240
+
+
+def test_streams_start_from_different_weights() -> None:
+    net = two_streams()
+    assert not torch.equal(net.rgb.layer1[0].conv1.weight, net.sobel.layer1[0].conv1.weight)
+
+
+def test_the_gradient_reaches_every_weight_of_both_streams() -> None:
+    net = two_streams()
+    (net(views_of(32, n=4)) * torch.randn(4, 64, generator=seeded(2))).sum().backward()
+    for name, parameter in net.named_parameters():
+        assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
+        assert parameter.grad.abs().max() > 0, name
+
+
+def test_averaging_the_map_is_the_published_pool_at_32_pixels() -> None:
+    net = two_streams().eval()
+    maps: list[Tensor] = []
+    for stream in (net.rgb, net.sobel):
+        stream.layer4.register_forward_hook(lambda _, __, out: maps.append(out))
+    with torch.no_grad():
+        found = net(views_of(32))
+    assert [tuple(each.shape[2:]) for each in maps] == [(4, 4), (4, 4)]
+    pooled = torch.cat([nn.functional.avg_pool2d(each, 4).flatten(1) for each in maps], dim=1)
+    assert torch.allclose(found, pooled, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("side", [1, 8, 64, 96])
+@pytest.mark.parametrize("stem", ["cifar", "stl", "imagenet"])
+def test_two_streams_take_every_size_and_stem(side: int, stem: str) -> None:
+    net = two_streams(EncoderSpec(stem=stem, width=2, streams="rgb_sobel")).eval()
+    with torch.no_grad():
+        found = net(views_of(side))
+    assert found.shape == (3, 32) and found.min() >= 0
+    assert side == 1 or (found[0] - found[1]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_two_streams_stay_in_the_precision_they_are_given(dtype: torch.dtype) -> None:
+    net = two_streams().eval()
+    wanted = net(views_of(16))
+    found = net.to(dtype)(views_of(16, dtype=dtype))
+    assert found.dtype == dtype
+    assert torch.allclose(found.float(), wanted, rtol=0.05, atol=0.05 * wanted.abs().max().item())
+
+
+def test_two_streams_agree_in_channels_last_and_autocast() -> None:
+    net, x = two_streams().eval(), views_of(16)
+    with torch.no_grad():
+        wanted = net(x)
+        last = net.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last))
+        assert torch.allclose(last, wanted, rtol=1e-4, atol=1e-5)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.allclose(net(x).float(), wanted, rtol=0.05, atol=0.05 * wanted.abs().max().item())

@@ -135,6 +135,9 @@ def test_confidence_against_truth():
     assignment = sized(50, 50, confidence=0.9)
     assert findings.check_confidence(assignment, np.arange(100) < 90).severity == "passed"
     assert findings.check_confidence(assignment, np.arange(100) < 70).severity == "warning"
+    assert findings.check_confidence(sized(50, 50, confidence=0.6), np.arange(100) < 65).severity == "passed"
+    shy = findings.check_confidence(sized(50, 50, confidence=0.6), np.arange(100) < 90)
+    assert (shy.severity, shy.title) == ("note", "Confidence promises too little")
     assert findings.check_confidence(assignment, None).severity == "not_applicable"
     assert findings.check_confidence(sized(5, 5, confidence=1.0), np.ones(10, bool)).severity == "not_applicable"
 

@@ -7,6 +7,7 @@ import pytest
 
 import phyla
 from phyla.errors import InputError, StorageError
+from phyla.evaluate.robustness import Attack, RobustnessCurve
 from phyla.report.page import build_report
 from phyla.types import Assignment, ImageSet, Neighbors, Scores
 
@@ -54,7 +55,8 @@ def test_page_of_a_labelled_run(make_run, tmp_path):
     path = build_report(data, tmp_path / "new" / "folder")
     assert path == tmp_path / "new" / "folder" / "report.html"
     assert {p.name for p in path.parent.iterdir()} == {"report.html", "map.png", "prototypes.png", "confidence.png",
-                                                       "curves.png", "confusion_matrix.png"}
+                                                       "curves.png", "confusion_matrix.png", "retrieval.png",
+                                                       "probabilities.png", "reliability.png", "risk_coverage.png"}
     page = read(path)
     assert "60 images in 3 clusters" in page.text
     assert f"({data.assignment.confidence.mean():.2f})" in page.text
@@ -75,12 +77,122 @@ def test_page_without_labels_neighbors_curves_scores(make_run, tmp_path):
     assert "60 images in 3 clusters" in page.text
     ids = {attrs["id"] for _, attrs in page.tags if attrs.get("id")}
     assert {"findings", "clusters", "map", "confidence", "run", "reading"} <= ids
-    assert ids.isdisjoint({"truth", "training", "scores"})
+    assert ids.isdisjoint({"truth", "training", "scores", "calibration", "robustness"})
+    assert {path.name for path in tmp_path.iterdir()}.isdisjoint({"reliability.png", "risk_coverage.png",
+                                                                  "robustness.png"})
+
+
+def section(path):
+    return re.search(r'<section id="examples".*?</section>', path.read_text(encoding="utf-8"), flags=re.S)[0]
+
+
+def test_examples_with_labels_name_classes(make_run, tmp_path):
+    truth = np.arange(60) % 3
+    truth[:30] = 2 - truth[:30]  # so that some neighbors in a cluster are of another class
+    names = ["cat & co", "dog", "emu"]
+    part = section(build_report(make_run(more={"truth": (truth, names)}), tmp_path))
+    page = Reader(part)
+    shown = [attrs for tag, attrs in page.tags if tag == "article"]
+    assert len(shown) == 7  # three prototypes, four images that are hard
+    assert sum(attrs.get("class") == "other" for tag, attrs in page.tags if tag == "figure") == part.count("≠ ") - 1 > 0
+    assert page.text.count("Classes, by its neighbors") == 7
+    assert "cat & co" in page.text
+    assert "a vote of the 2 nearest images" in page.text
+    assert "true class" in page.text
+    assert sum(attrs.get("alt", "").startswith("Neighbor 2: ") for tag, attrs in page.tags if tag == "img") == 7
+
+
+def test_examples_without_labels_and_without_neighbors(make_run, tmp_path):
+    part = section(build_report(make_run(with_truth=False), tmp_path / "a"))
+    assert "in another cluster" in part
+    assert "class=\"differs\"" not in part  # the neighbors made up are all of the same cluster
+    assert "Classes" not in part
+    part = section(build_report(make_run(with_truth=False, with_neighbors=False), tmp_path / "b"))
+    assert "look-alikes" not in part
+    assert "Neighbor" not in part
+    assert "Cluster 2" in part
+    assert (tmp_path / "a" / "retrieval.png").exists()
+    assert not (tmp_path / "b" / "retrieval.png").exists()
+    assert (tmp_path / "b" / "probabilities.png").exists()
+
+
+def test_examples_of_a_certain_run_are_typical_only_and_show_bars_that_have_length(make_run, tmp_path):
+    page = Reader(section(build_report(make_run(certain=True, empty=(1,)), tmp_path)))
+    assert "Least certain" not in page.text
+    assert "torn" not in page.text
+    assert [attrs["style"] for tag, attrs in page.tags if tag == "i"] == ["--v:100.0"] * 4  # two examples
 
 
 def test_all_unknown_labels_are_no_labels(make_run, tmp_path):
-    build_report(make_run(more={"truth": (np.full(60, -1), ["a"])}), tmp_path)
+    path = build_report(make_run(more={"truth": (np.full(60, -1), ["a"])}), tmp_path)
     assert not (tmp_path / "confusion_matrix.png").exists()
+    assert not (tmp_path / "reliability.png").exists()
+    assert 'id="calibration"' not in path.read_text(encoding="utf-8")
+
+
+def before_and_after(data):
+    """Two results, the first surer than the one that the page shows, and their curves under two attacks."""
+    p = data.assignment.probabilities.astype(np.float64) ** 3
+    surer = Assignment((p / p.sum(axis=1, keepdims=True)).astype(np.float32), data.images.ids)
+    curves = [RobustnessCurve(title, attack, (0.0, 4 / 255, 8 / 255), (1.0, 0.8, low), (0.9, 0.7, low), 20, 20)
+              for attack in (Attack("pgd"), Attack("fgsm")) for title, low in (("SCAN", 0.3), ("SCAN + RUC", 0.6))]
+    return replace(data, results={"SCAN": surer, "SCAN + RUC": data.assignment}, robustness=curves)
+
+
+def part_of(path, name):
+    return Reader(re.search(rf'<section id="{name}".*?</section>', path.read_text(encoding="utf-8"), flags=re.S)[0])
+
+
+def test_results_stand_side_by_side_and_under_attack(make_run, tmp_path):
+    data = before_and_after(make_run())
+    path = build_report(data, tmp_path)
+    honest, attacked = part_of(path, "calibration"), part_of(path, "robustness")
+    assert honest.text.index("SCAN") < honest.text.index("SCAN + RUC")
+    drawn = [attrs["aria-label"] for _, attrs in honest.tags if attrs.get("class") == "area"]
+    assert [words.split(":")[0] for words in drawn[:2]] == ["Reliability of SCAN", "Reliability of SCAN + RUC"]
+    assert sum(attrs.get("class") == "honesty" for _, attrs in honest.tags) == 2
+    means = [f"{a.confidence.mean(dtype=np.float64):.3f}" for a in data.results.values()]
+    assert all(mean in honest.text for mean in means)
+    assert "promises too little" in honest.text.lower()
+    assert sum(tag == "polyline" for tag, _ in honest.tags) == 2
+    assert sum(tag == "polyline" for tag, _ in attacked.tags) == 4
+    assert "20 images were attacked" in attacked.text
+    assert "PGD, 10 steps of epsilon / 4" in attacked.text
+    assert "8/255" in attacked.text
+    for name in ("reliability", "risk_coverage", "robustness"):
+        assert (tmp_path / f"{name}.png").stat().st_size < 300_000
+    page = read(path)
+    ids = [attrs["id"] for _, attrs in page.tags if attrs.get("id")]
+    assert len(ids) == len(set(ids))
+    assert {attrs.get("href") for tag, attrs in page.tags if tag == "a"} >= {"#calibration", "#robustness"}
+    assert all(attrs.get("aria-label") or attrs.get("aria-hidden") for tag, attrs in page.tags if tag == "svg")
+
+
+def test_results_without_labels_show_confidence_alone(make_run, tmp_path):
+    data = before_and_after(make_run(with_truth=False))
+    curves = [replace(curve, correct=None, n_known=0) for curve in data.robustness]
+    path = build_report(replace(data, robustness=curves), tmp_path)
+    honest, attacked = part_of(path, "calibration"), part_of(path, "robustness")
+    assert "cannot be drawn without labels" in honest.text
+    assert not any(attrs.get("class") in ("area", "honesty") for _, attrs in honest.tags)
+    assert sum(attrs.get("class") == "bins" for _, attrs in honest.tags) == 2
+    assert "keep their cluster" in attacked.text
+    assert "Drop" not in [word.strip() for word in attacked.words]
+    assert not (tmp_path / "reliability.png").exists()
+    assert (tmp_path / "confidence.png").exists()
+    assert (tmp_path / "robustness.png").exists()
+
+
+def test_one_labelled_result_is_called_as_in_the_table(make_run, tmp_path):
+    honest = part_of(build_report(make_run(), tmp_path), "calibration")
+    assert "SCAN: confidence bin by bin" in honest.text
+    assert "This result" not in honest.text
+    assert sum(attrs.get("class") == "honesty" for _, attrs in honest.tags) == 1
+
+
+def test_more_clusters_than_classes_are_told(make_run, tmp_path):
+    path = build_report(make_run(more={"truth": (np.arange(60) % 2, ["a", "b"])}), tmp_path)
+    assert "more clusters than classes" in part_of(path, "calibration").text
 
 
 def test_page_loads_nothing_and_links_lead_somewhere(make_run, tmp_path):
@@ -124,7 +236,9 @@ def test_names_are_escaped(make_run, tmp_path):
                    assignment=Assignment(data.assignment.probabilities, ids), cluster_names=[nasty, "b", "c"],
                    truth=(data.truth[0], [nasty, "x", "y"]), skipped=[(nasty, nasty)],
                    notices=[nasty], run={nasty: {nasty: nasty}}, scores=[Scores(nasty, nasty, 60, {nasty: 0.5})],
-                   curves=[{"stage": nasty, "epoch": 1, nasty: 1.0}])
+                   curves=[{"stage": nasty, "epoch": 1, nasty: 1.0}],
+                   results={nasty: Assignment(data.assignment.probabilities, ids)},
+                   robustness=[RobustnessCurve(nasty, Attack(), (0.0, 0.1), (1.0, 0.5), None, 9, 0)])
     path = build_report(data, tmp_path)
     page = read(path)
     text = path.read_text(encoding="utf-8")
@@ -191,6 +305,8 @@ def test_what_does_not_fit_together_is_refused(make_run, tmp_path):
     broken[3] = np.nan
     with pytest.raises(InputError, match="finite"):
         build_report(replace(data, embeddings=broken), tmp_path)
+    with pytest.raises(InputError, match="images and SCAN name different images"):
+        build_report(replace(data, results={"SCAN": wrong["assignment"]}), tmp_path)
     none = ImageSet(data.images.pixels[:0], [])
     with pytest.raises(InputError, match="0 images"):
         build_report(replace(data, images=none, assignment=Assignment(data.assignment.probabilities[:0], [])), tmp_path)

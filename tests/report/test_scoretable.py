@@ -43,3 +43,29 @@ def test_result_is_the_named_method_or_the_last_that_scores_clusters():
     assert result_row([TABLE[0]]) is None
     assert result_row([]) is None
     assert score_tables(more, "SCAN")[0].results == {1}
+
+
+def test_scores_of_heads_and_memory_stand_where_they_belong():
+    heads = {"heads_sd_hungarian_accuracy": 0.1, "heads_best_hungarian_accuracy": 0.9, "chosen_head_loss": -1.4,
+             "heads_mean_hungarian_accuracy": 0.7, "hungarian_accuracy": 0.8}
+    halves = {name: value / 2 for name, value in heads.items()}
+    rows = [Scores("one", "train", 9, heads), Scores("two", "train", 9, halves),
+            Scores("probes", "train", 9, {"knn_accuracy_200_memory": 0.8, "knn_accuracy_200": 0.7})]
+    labelled, free, probes = score_tables(rows)
+    assert labelled.columns == ("hungarian_accuracy", "heads_mean_hungarian_accuracy", "heads_sd_hungarian_accuracy",
+                                "heads_best_hungarian_accuracy")
+    assert free.columns == ("chosen_head_loss",)
+    assert probes.columns == ("knn_accuracy_200_memory", "knn_accuracy_200")
+    assert free.is_best(rows[0], "chosen_head_loss")  # the lower one
+    without_order = ("heads_sd_hungarian_accuracy", "heads_best_hungarian_accuracy")
+    assert not any(labelled.is_best(row, name) for row in rows for name in without_order)
+    assert labelled.is_best(rows[0], "heads_mean_hungarian_accuracy")
+
+
+def test_scores_of_honesty_stand_with_those_by_labels_and_low_is_good_but_for_the_gap():
+    names = ("expected_calibration_error", "confidence_gap", "brier_score", "area_under_risk_coverage")
+    rows = [Scores("one", "train", 9, dict.fromkeys(names, 0.2)), Scores("two", "train", 9, dict.fromkeys(names, 0.1))]
+    table, = score_tables(rows)
+    assert (table.title, table.columns) == ("By the true labels", names)
+    assert [name for name in names if table.is_best(rows[1], name)] == [names[0], *names[2:]]
+    assert not any(table.is_best(rows[0], name) for name in names)

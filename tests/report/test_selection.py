@@ -3,6 +3,8 @@ import pytest
 
 from phyla.errors import InputError
 from phyla.report.selection import (
+    Examples,
+    choose_examples,
     cluster_agreement,
     find_prototypes,
     margins,
@@ -100,3 +102,31 @@ def test_pairs_are_named_once_most_alike_first():
                           np.array([[0.9992, 0.1], [0.9992, 0.9999], [0.9999, 0.1]], np.float32))
     assert near_duplicate_pairs(neighbors, 0.999).tolist() == [[1, 2], [0, 1]]
     assert near_duplicate_pairs(neighbors, 0.99995).shape == (0, 2)
+
+
+def test_examples_are_prototypes_and_the_most_doubtful_none_twice():
+    assignment = assignment_of([[0.9, 0.1, 0], [0.55, 0.45, 0], [0.1, 0.9, 0], [0.6, 0.4, 0], [0.3, 0.7, 0]])
+    found = choose_examples(assignment, [1, 2, -1], review_first(assignment, 10), n_hardest=2)
+    assert found == Examples(typical=(1, 2), hardest=(3, 4))  # 1 is the most doubtful, and a prototype already
+    assert choose_examples(assignment, [1, 2, -1], review_first(assignment, 10), n_hardest=2) == found
+
+
+def test_examples_of_many_clusters_are_spaced_by_size():
+    sizes = [5, 1, 9, 3, 7]
+    labels = np.repeat(np.arange(5), sizes)
+    assignment = assignment_of(np.eye(5)[labels])
+    first = np.flatnonzero(np.diff(labels, prepend=-1)).tolist()  # an image of each cluster
+    found = choose_examples(assignment, first, review_first(assignment, 10), n_typical=3)
+    assert assignment.labels[list(found.typical)].tolist() == [0, 1, 2]  # the largest, the middle and the smallest
+    assert found.hardest == ()  # nothing is doubtful where all are certain
+    alone = choose_examples(assignment, first, [], n_typical=1)
+    assert assignment.labels[list(alone.typical)].tolist() == [2]
+
+
+def test_no_more_examples_than_asked_of_a_thousand_clusters():
+    draw = np.random.default_rng(0)
+    assignment = assignment_of(draw.dirichlet(np.full(1000, 0.01), 1500))
+    prototypes = find_prototypes(assignment, draw.normal(size=(1500, 2)))
+    found = choose_examples(assignment, prototypes.tolist(), review_first(assignment, 24))
+    assert (len(found.typical), len(found.hardest)) == (6, 4)
+    assert len({*found.typical, *found.hardest}) == 10

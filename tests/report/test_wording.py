@@ -65,7 +65,19 @@ def test_verdict_with_more_clusters_than_classes_and_warnings():
 
 @pytest.mark.parametrize(("name", "title"), [("nmi", "NMI"), ("top3_accuracy", "Top-3 accuracy"),
                                              ("knn_accuracy_20", "kNN accuracy (20 neighbors)"),
+                                             ("knn_accuracy_200_memory", "kNN accuracy (200 neighbors, memory)"),
+                                             ("heads_mean_hungarian_accuracy", "Hungarian accuracy, mean of the heads"),
+                                             ("heads_sd_hungarian_accuracy", "Hungarian accuracy, sd of the heads"),
+                                             ("heads_best_hungarian_accuracy",
+                                              "Hungarian accuracy, best head by labels"),
+                                             ("chosen_head_loss", "Loss of the chosen head"),
                                              ("odd_score", "Odd score")])
 def test_metric_titles_and_meanings(name, title):
     assert wording.metric_title(name) == title
     assert bool(wording.metric_meaning(name)) == (name != "odd_score")
+
+
+def test_a_memory_has_its_own_meaning():
+    assert "memory bank" in wording.metric_meaning("knn_accuracy_20_memory")
+    assert "memory" not in wording.metric_meaning("knn_accuracy_20")
+    assert wording.metric_meaning("knn_accuracy_20_memories") == ""

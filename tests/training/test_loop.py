@@ -133,6 +133,16 @@ def test_a_step_draws_from_its_own_stream() -> None:
     assert len({*drawn("pretrain", 0), *drawn("cluster", 0), *drawn("pretrain", 1)}) == 12
 
 
+def test_a_step_tells_the_mean_of_what_was_logged_so_far_in_its_epoch() -> None:
+    loop = Loop("x", Order(9, 3, 0), n_epochs=2, state={}, seed=0)
+    seen = []
+    for step in loop:
+        step.log(loss=torch.tensor(float(step.index)), twice=2.0 * step.index)
+        seen.append((step.mean("loss"), step.mean("twice")))
+    assert seen == [(0, 0), (0.5, 1), (1, 2), (3, 6), (3.5, 7), (4, 8)]
+    assert [record["loss"] for record in loop.history] == [seen[2][0], seen[5][0]]
+
+
 def test_an_epochs_record_is_the_mean_of_what_was_logged_and_what_was_recorded() -> None:
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 1.0)
     loop = Loop("x", Order(9, 3, 0), n_epochs=2, state={}, seed=0)

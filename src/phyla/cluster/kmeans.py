@@ -9,6 +9,7 @@ import warnings
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from sklearn.base import BaseEstimator, ClusterMixin
 from sklearn.cluster import KMeans as LloydKMeans
 from sklearn.exceptions import ConvergenceWarning
@@ -16,6 +17,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from phyla.errors import CollapseWarning, InputError
 from phyla.neighbors import check_embeddings
+from phyla.nets.heads import ClusterHeads
 from phyla.types import Embeddings
 
 _DISTANCES = 1 << 23  # distances held at once in float64: 64 MB
@@ -94,6 +96,27 @@ class KMeans(ClusterMixin, BaseEstimator):
     def predict_proba(self, embeddings: Embeddings | np.ndarray) -> np.ndarray:
         """Return the probability of each cluster for each row, float32 (n_images, n_clusters)."""
         return self._assign(self._new_rows(embeddings))[1]
+
+    def as_linear(self) -> ClusterHeads:
+        """Return the linear head that gives (scaled) rows the same probabilities, float32.
+
+        Raises
+        ------
+        InputError
+            ``temperature`` is 0, which no linear head can be.
+
+        Notes
+        -----
+        softmax(-|x - c|² / 2t) over the centers c is softmax((c.x - |c|²/2) / t): |x|² is the same for all.
+        """
+        check_is_fitted(self)
+        if self.temperature == 0:
+            raise InputError("temperature=0 gives no classifier", "set a temperature above 0, such as 0.1")
+        centers = torch.from_numpy(self.cluster_centers_.astype(np.float64) / self.temperature)
+        heads = ClusterHeads(self.n_features_in_, self.n_clusters)
+        heads.weight.data = centers.float()[None]
+        heads.bias.data = (-self.temperature * centers.square().sum(dim=1) / 2).float()[None]
+        return heads
 
     def _check_options(self, n_images: int) -> None:
         for name, value, least in (("n_clusters", self.n_clusters, 1), ("n_init", self.n_init, 1),

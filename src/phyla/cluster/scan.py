@@ -15,9 +15,9 @@ import logging
 import math
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args, get_origin
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
 from phyla.embed import forward_all, weights_fingerprint
-from phyla.errors import CollapseWarning, InputError, NonFiniteLossError, nearest
+from phyla.errors import CollapseWarning, InputError, NonFiniteLossError
 from phyla.images.augment import Views
 from phyla.images.batches import Order, open_pixels
 from phyla.neighbors import find_neighbors
@@ -37,6 +37,7 @@ from phyla.randomness import derive_seed, generator
 from phyla.storage import fingerprint
 from phyla.training.device import Device, choose_device
 from phyla.training.loop import Loop, Step
+from phyla.training.options import faults, make_optimizer
 from phyla.types import Embeddings, ImageSet, Neighbors
 
 log = logging.getLogger("phyla")
@@ -162,7 +163,9 @@ class SCAN(ClusterMixin, BaseEstimator):
         net.heads.initialise(generator(self.random_state, "scan heads"))
         device.place(net).requires_grad_(True)
         net.encoder.requires_grad_(source.trains_encoder)
-        optimizer = self._optimizer(net if source.trains_encoder else net.heads)
+        trained = net if source.trains_encoder else net.heads
+        optimizer = make_optimizer(self.optimizer, trained.parameters(), lr=self.lr, momentum=self.momentum,
+                                   weight_decay=self.weight_decay)
         order = Order(len(images), self.batch_size, self.random_state, device=device.device)
         best: dict[str, Any] = {"score": math.inf, "head": 0, "epoch": 0, "state": {}}
         run = Loop("cluster", order, n_epochs=self.n_epochs, state={"net": net, "optimizer": optimizer}, memory=best,
@@ -229,14 +232,8 @@ class SCAN(ClusterMixin, BaseEstimator):
 
     def _faults(self, images: ImageSet | Embeddings | np.ndarray, encoder: nn.Module | None,
                 watched: Watched | None) -> Iterator[InputError]:
-        for name, least in (("n_clusters", 1), ("n_heads", 1), ("n_selection_neighbors", 1), ("cached_views", 0),
-                            ("batch_size", 2)):
-            if getattr(self, name) < least:
-                yield InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        for field in fields(self):
-            value, allowed = getattr(self, field.name), get_args(field.type)
-            if get_origin(field.type) is Literal and value not in allowed:
-                yield InputError(f"{field.name}={value!r} is not allowed", nearest(str(value), list(allowed)))
+        yield from faults(self, least={"n_clusters": 1, "n_heads": 1, "n_selection_neighbors": 1, "cached_views": 0,
+                                       "batch_size": 2})
         if len(images) < max(2, self.n_clusters):
             yield InputError(f"n_clusters={self.n_clusters} needs at least {max(2, self.n_clusters)} images, "
                              f"got {len(images)}", "lower n_clusters or add images")
@@ -287,11 +284,6 @@ class SCAN(ClusterMixin, BaseEstimator):
         drawn = torch.stack([embedded(images, self.views, seed) for seed in seeds])
         held_out = embedded(watched.images, self.views.plain()) if watched else None
         return _FromEmbeddings(embedded(images, self.views.plain()), drawn, neighbors, encoder, watched, held_out)
-
-    def _optimizer(self, trained: nn.Module) -> torch.optim.Optimizer:
-        if self.optimizer == "adam":
-            return torch.optim.Adam(trained.parameters(), self.lr, weight_decay=self.weight_decay)
-        return torch.optim.SGD(trained.parameters(), self.lr, self.momentum, weight_decay=self.weight_decay)
 
     def _scores(self, probabilities: Tensor, neighbors: Neighbors) -> list[float]:
         near = torch.from_numpy(neighbors.indices[:, : self.n_selection_neighbors]).to(probabilities.device)

@@ -12,12 +12,19 @@ import numpy as np
 from sklearn import metrics
 
 from phyla.errors import InputError
+from phyla.evaluate.calibration import (
+    Judged,
+    area_under_risk_coverage,
+    brier_score,
+    clusters_of_classes,
+    confidence_gap,
+    expected_calibration_error,
+)
 from phyla.evaluate.matching import Matching, hungarian_accuracy, known, many_to_one_accuracy, match_clusters
 from phyla.quality import effective_clusters, neighbor_agreement, neighbor_score, used_clusters
 from phyla.types import Assignment, Neighbors, Scores
 
 _BLOCK = 1 << 22  # probabilities compared at once
-_ROUNDING = 1e-5  # by which a float32 probability may pass 1
 
 
 def nmi(true: np.ndarray, predicted: np.ndarray) -> float:
@@ -76,8 +83,7 @@ class PerClass:
 def per_class(true: np.ndarray, predicted: np.ndarray, *, n_classes: int | None = None) -> PerClass:
     """Return size, matched cluster, recall and precision of every class; ``n_classes`` as for ``match_clusters``."""
     mapping, counts = match_clusters(true, predicted, n_classes=n_classes)
-    cluster = np.full(len(counts), -1, np.int64)
-    cluster[mapping[mapping >= 0]] = np.flatnonzero(mapping >= 0)
+    cluster = clusters_of_classes(mapping, len(counts))
     size, found = counts.sum(axis=1), np.where(cluster >= 0, counts.sum(axis=0)[cluster], 0)
     hits = np.where(cluster >= 0, counts[np.arange(len(counts)), cluster], 0)
     return PerClass(size, cluster, _share(hits, size), _share(hits, found))
@@ -111,37 +117,6 @@ def confusion_matrix(
     return ConfusionMatrix(counts[:, clusters], clusters)
 
 
-def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray, *, n_bins: int = 15) -> float:
-    """Return the mean distance between confidence and the share that is correct, 0 to 1.
-
-    Parameters
-    ----------
-    confidence : (n_images,), 0 to 1
-    correct : bool (n_images,)
-    n_bins : of equal width, closed above: (0, 1/n_bins], ...; 0 itself is in the first
-
-    Raises
-    ------
-    InputError
-        Shapes differ, there is no image, a confidence is outside 0 to 1, or ``n_bins`` is below 1.
-
-    Notes
-    -----
-    sum over bins of (images in the bin / images) · |share correct - mean confidence| (Guo et al. 2017, Eq. 3).
-    """
-    confidence, correct = np.asarray(confidence, np.float64), np.asarray(correct, np.float64)
-    if confidence.ndim != 1 or confidence.shape != correct.shape or not len(confidence) or n_bins < 1:
-        raise InputError(f"calibration needs one confidence and one truth an image and at least 1 bin, got "
-                         f"{confidence.shape}, {correct.shape} and n_bins={n_bins}")
-    if not (confidence.min() >= -_ROUNDING and confidence.max() <= 1 + _ROUNDING):
-        raise InputError(f"confidence must be from 0 to 1, got {confidence.min():.3g} to {confidence.max():.3g}",
-                         "give probabilities, not logits")
-    inner = np.linspace(0, 1, n_bins + 1)[1:-1]
-    bins = np.searchsorted(inner, confidence, side="left")
-    gaps = np.bincount(bins, weights=correct - confidence, minlength=n_bins)
-    return float(np.abs(gaps).sum() / len(confidence))
-
-
 def score_assignment(assignment: Assignment, true: np.ndarray, *, method: str, split: str) -> Scores:
     """Return the field's metrics of an assignment.
 
@@ -153,15 +128,15 @@ def score_assignment(assignment: Assignment, true: np.ndarray, *, method: str, s
     Returns
     -------
     Scores
-        hungarian_accuracy, many_to_one_accuracy, nmi, ari, ami, expected_calibration_error (a matched cluster is
-        correct), and ``top5_accuracy``, named after the number of clusters if there are fewer than 5; n_clusters and
-        used_clusters. ``n_images`` is the number of images whose class is known.
+        hungarian_accuracy, many_to_one_accuracy, nmi, ari, ami, and ``top5_accuracy``, named after the number of
+        clusters if there are fewer than 5; expected_calibration_error, confidence_gap, brier_score and
+        area_under_risk_coverage, in which a matched cluster is correct; n_clusters and used_clusters. ``n_images`` is
+        the number of images whose class is known.
     """
     true, labels = np.asarray(true), assignment.labels
     matching = match_clusters(true, labels, n_clusters=assignment.n_clusters)
-    some = true >= 0
     n_top = min(5, assignment.n_clusters)
-    correct = matching.mapping[labels[some]] == true[some]
+    judged = Judged.of(assignment, true)
     values = {
         "hungarian_accuracy": hungarian_accuracy(true, labels),
         "many_to_one_accuracy": many_to_one_accuracy(true, labels),
@@ -169,11 +144,14 @@ def score_assignment(assignment: Assignment, true: np.ndarray, *, method: str, s
         "ari": ari(true, labels),
         "ami": ami(true, labels),
         f"top{n_top}_accuracy": _top_hits(true, assignment.probabilities, matching, n_top),
-        "expected_calibration_error": expected_calibration_error(assignment.confidence[some], correct),
+        "expected_calibration_error": expected_calibration_error(judged.confidence, judged.correct),
+        "confidence_gap": confidence_gap(judged.confidence, judged.correct),
+        "brier_score": brier_score(true, assignment.probabilities),
+        "area_under_risk_coverage": area_under_risk_coverage(judged.confidence, judged.correct),
         "n_clusters": float(assignment.n_clusters),
         "used_clusters": float(used_clusters(labels, assignment.n_clusters)),
     }
-    return Scores(method, split, int(some.sum()), values)
+    return Scores(method, split, len(judged.correct), values)
 
 
 def score_without_labels(assignment: Assignment, neighbors: Neighbors | None = None) -> dict[str, float]:
@@ -206,8 +184,7 @@ def _compared(metric: Callable[[np.ndarray, np.ndarray], float], true: np.ndarra
 
 
 def _top_hits(true: np.ndarray, probabilities: np.ndarray, matching: Matching, n_top: int) -> float:
-    cluster = np.full(len(matching.contingency), -1, np.int64)
-    cluster[matching.mapping[matching.mapping >= 0]] = np.flatnonzero(matching.mapping >= 0)
+    cluster = clusters_of_classes(matching.mapping, len(matching.contingency))
     rows = np.flatnonzero(true >= 0)
     n_known = len(rows)
     rows = rows[cluster[true[rows]] >= 0]

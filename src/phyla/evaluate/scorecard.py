@@ -5,13 +5,14 @@ With true labels each row has the field's metrics; without them, what can be kno
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
 
 from phyla.cluster.kmeans import KMeans
 from phyla.errors import InputError
+from phyla.evaluate.matching import hungarian_accuracy
 from phyla.evaluate.metrics import score_assignment, score_without_labels
 from phyla.evaluate.probes import knn_accuracy, linear_accuracy, neighbor_purity
 from phyla.progress import track
@@ -23,7 +24,10 @@ log = logging.getLogger("phyla")
 
 @dataclass(frozen=True)
 class Split:
-    """One split of a run: what is scored, and the true labels where there are any (int64, -1 for unknown)."""
+    """One split of a run: what is scored, and the true labels where there are any (int64, -1 for unknown).
+
+    ``rivals`` are, by method and kind (heads, epochs), the labels (n, n_images) of those among which it has chosen.
+    """
 
     name: str
     images: ImageSet
@@ -31,21 +35,42 @@ class Split:
     neighbors: Neighbors
     assignments: Mapping[str, Assignment]
     true: np.ndarray | None
+    rivals: Mapping[str, Mapping[str, np.ndarray]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Bank:
+    """What an encoder's memory holds of the images it learned from.
+
+    Parameters
+    ----------
+    embeddings : the memory as it is
+    true : int64, -1 for unknown
+    recomputed : of each split by name, what the encoder gives now in the place of the memory
+    """
+
+    embeddings: Embeddings
+    true: np.ndarray
+    recomputed: Mapping[str, Embeddings]
 
 
 def fill_scorecard(splits: Sequence[Split], *, n_clusters: int, kmeans_restarts: int, kmeans_max_images: int,
-                   knn_neighbors: int, random_state: int) -> list[Scores]:
+                   knn_neighbors: int, random_state: int, kmeans_on: Sequence[str] = ("pixels", "embeddings"),
+                   memory: Bank | None = None) -> list[Scores]:
     """Return one row a method and split; k-means is fitted on the first split and predicts the others.
 
     Parameters
     ----------
     n_clusters : of k-means
+    kmeans_on : what k-means, the baseline, is fitted on
+    memory : the memory bank of the encoder, for kNN probes of its own beside that on the embeddings
     kmeans_restarts : tries of k-means, of which its own objective chooses
     kmeans_max_images : k-means is fitted on at most this many images, spread evenly; on fewer if they are large
     knn_neighbors : of the kNN probe of the embeddings, where labels exist
     """
     baselines: dict[str, list[Assignment]] = {}
-    for method, space in track(_SPACES.items(), "baselines", unit="method"):
+    for on in track(kmeans_on, "baselines", unit="method"):
+        method, space = f"k-means on {on}", _SPACES[on]
         kmeans = KMeans(n_clusters=n_clusters, n_init=kmeans_restarts, random_state=random_state,
                         normalize=space is _embeddings)
         first = splits[0]
@@ -56,7 +81,10 @@ def fill_scorecard(splits: Sequence[Split], *, n_clusters: int, kmeans_restarts:
         named = {method: found[position] for method, found in baselines.items()} | dict(split.assignments)
         table += [_row(method, assignment, split) for method, assignment in named.items()]
         if split.true is not None and splits[0].true is not None:
-            table.append(_probes(splits[0], splits[0].true, split, split.true, knn_neighbors))
+            probes = _probes(splits[0], splits[0].true, split, split.true, knn_neighbors)
+            if memory is not None:
+                probes |= _memory_probes(memory, splits[0], split, knn_neighbors)
+            table.append(Scores("embeddings (probes)", split.name, len(split.images), probes))
     return table
 
 
@@ -69,7 +97,7 @@ def _embeddings(split: Split, rows: np.ndarray) -> np.ndarray:
 
 
 _Space = Callable[[Split, np.ndarray], np.ndarray]
-_SPACES: Mapping[str, _Space] = {"k-means on pixels": _pixels, "k-means on embeddings": _embeddings}
+_SPACES: Mapping[str, _Space] = {"pixels": _pixels, "embeddings": _embeddings}
 _VALUES = 1 << 28  # numbers of one space held at once, a GiB: all pixels of many photographs fit in no memory
 
 
@@ -95,7 +123,20 @@ def _row(method: str, assignment: Assignment, split: Split) -> Scores:
     values["neighbor_score"] = neighbor_score(assignment.probabilities, near)  # as methods choose by it
     if split.true is not None and (split.true >= 0).any():
         values |= score_assignment(assignment, split.true, method=method, split=split.name).values
+        for kind, labels in split.rivals.get(method, {}).items():
+            values |= _over(kind, labels, split.true)
     return Scores(method, split.name, len(assignment), values)
+
+
+def _over(kind: str, rivals: np.ndarray, true: np.ndarray) -> dict[str, float]:
+    """Return mean, population standard deviation and largest of the rivals' accuracies; the last needs labels to see.
+
+    Of epochs there is the largest alone: it is what the authors of NNM report.
+    """
+    found = np.array([hungarian_accuracy(true, labels) for labels in rivals])
+    told = {"mean": found.mean(), "sd": found.std(), "best": found.max()}
+    return {f"{kind}_{name}_hungarian_accuracy": float(value) for name, value in told.items()
+            if kind == "heads" or name == "best"}
 
 
 _SCORE_NEIGHBORS = 5
@@ -103,7 +144,7 @@ _PROBED = 20_000  # images of the bank that the linear probe learns from
 _PROBED_CLASSES = 200  # above these its fit would take longer than the run
 
 
-def _probes(bank: Split, bank_true: np.ndarray, split: Split, true: np.ndarray, n_neighbors: int) -> Scores:
+def _probes(bank: Split, bank_true: np.ndarray, split: Split, true: np.ndarray, n_neighbors: int) -> dict[str, float]:
     queries, queries_true = (None, None) if bank is split else (split.embeddings, true)
     some = np.unique(np.linspace(0, len(bank_true) - 1, min(len(bank_true), _PROBED)).astype(int))
     probes: dict[str, Callable[[], float]] = {
@@ -115,10 +156,33 @@ def _probes(bank: Split, bank_true: np.ndarray, split: Split, true: np.ndarray, 
     }
     if bank_true.max() >= _PROBED_CLASSES:
         del probes["linear_accuracy"]
+    return _asked(probes)
+
+
+def _memory_probes(memory: Bank, first: Split, split: Split, n_neighbors: int) -> dict[str, float]:
+    """Return the kNN accuracy of a split against the memory as it is, and against the first split computed anew.
+
+    Images that are in the bank themselves leave themselves out; where only some of them are, there is no number.
+    """
+    queries = memory.recomputed[split.name]
+    banks = {"memory": (memory.embeddings, memory.true), "recomputed": (memory.recomputed[first.name], first.true)}
+    probes: dict[str, Callable[[], float]] = {}
+    for name, (bank, true) in banks.items():
+        if true is None or split.true is None:
+            continue
+        if list(bank.ids) == list(queries.ids):
+            probes[name] = partial(knn_accuracy, bank, true, n_neighbors=n_neighbors)
+        elif set(bank.ids).isdisjoint(queries.ids):
+            probes[name] = partial(knn_accuracy, bank, true, queries=queries, queries_true=split.true,
+                                   n_neighbors=n_neighbors)
+    return _asked({f"knn_accuracy_{n_neighbors}_{name}": probe for name, probe in probes.items()})
+
+
+def _asked(probes: Mapping[str, Callable[[], float]]) -> dict[str, float]:
     values = {}
     for name, probe in probes.items():
         try:
             values[name] = probe()
         except InputError as error:  # a probe that these few labels do not allow is no reason to lose the others
             log.warning("no %s: %s", name, error.message)
-    return Scores("embeddings (probes)", split.name, len(split.images), values)
+    return values

@@ -6,7 +6,7 @@ taken, in which order, or which were left out.
 
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 
 from phyla.errors import DataNotFoundError, InputError
-from phyla.images import formats
+from phyla.images import finegrained, formats
 from phyla.images.catalog import DATASETS, Found, data_set_name, locate, split_parts
 from phyla.images.folders import PATH_COLUMNS, image_id, read_columns
 
@@ -147,16 +147,24 @@ def _from_data_set(name: str, ids: Sequence[str], split: str, data_dir: Path | N
     known = {part: _labels(name, place) for part, place in found.items()}
     labels = np.full(len(ids), UNKNOWN, np.int64)
     for row, image in enumerate(ids):
-        part, _, number = image.partition("/")
-        if part in known and number.isdecimal() and int(number) < len(known[part]):
-            labels[row] = known[part][int(number)]
+        part, _, own = image.partition("/")
+        if part in known:
+            labels[row] = _label(known[part], own)
     if len(ids) and (labels < 0).all() and all(part in found for part in parts):
         raise InputError(f"none of the ids, such as {ids[0]!r}, is one of {DATASETS[name].title}, split {split}",
                          f"they begin with {' or '.join(parts)} and a slash")
     return Truth(labels, _names(name, place))
 
 
-def _labels(name: str, found: Found) -> np.ndarray:
+def _label(known: np.ndarray | Mapping[str, int], own: str) -> int:
+    """Return the label of one image of a split, by its number or by its path; UNKNOWN where there is no such image."""
+    if isinstance(known, Mapping):
+        return known.get(own, UNKNOWN)
+    return int(known[int(own)]) if own.isdecimal() and int(own) < len(known) else UNKNOWN
+
+
+def _labels(name: str, found: Found) -> np.ndarray | dict[str, int]:
+    """Return the labels of one split: in the order of its images, or by the path that an id has after the split."""
     match found.layout.reader:
         case "cifar":
             return formats.cifar_labels(found.paths, name)
@@ -164,12 +172,22 @@ def _labels(name: str, found: Found) -> np.ndarray:
             return formats.npz_labels(found.paths[0], name)
         case "stl":
             return formats.stl_labels(found.paths[0])
+        case "svhn":
+            return formats.svhn_labels(found.paths[0])
         case "idx":
             return formats.idx_labels(found.paths[0])
+        case "dogs":
+            return finegrained.dogs_labels(found.paths[0], DATASETS[name].n_classes)
+        case "cub":
+            return finegrained.cub_labels(found.paths[0], found.paths[1], DATASETS[name].n_classes)
     return formats.digits_labels()
 
 
 def _names(name: str, found: Found) -> tuple[str, ...]:
+    if found.layout.reader == "dogs":
+        return finegrained.dogs_names(found.paths[0], DATASETS[name].n_classes)
+    if found.layout.reader == "cub":
+        return finegrained.cub_names(found.paths[2], DATASETS[name].n_classes)
     file = found.folder / (found.layout.names or "")
     if not found.layout.names or not file.is_file():
         return DATASETS[name].classes

@@ -7,7 +7,7 @@ these the layouts that its official archive and the usual loaders leave behind a
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -16,17 +16,21 @@ from typing import Literal
 from phyla.errors import DataNotFoundError, InputError, nearest
 from phyla.images.imagenet import CLASS_IDS
 
-Reader = Literal["digits", "cifar", "npz", "stl", "idx", "imagenet"]
+Reader = Literal["digits", "cifar", "npz", "stl", "svhn", "idx", "imagenet", "dogs", "cub"]
 Files = Mapping[str, tuple[str, ...]]
 NOTHING: Files = MappingProxyType({})
 
 
 @dataclass(frozen=True)
 class Archive:
-    """A file of the official distribution, its address and md5; a .tar.gz is unpacked, anything else kept as it is."""
+    """A file of the official distribution, its address and md5; a .tar.gz is unpacked, anything else kept as it is.
+
+    One that holds a single split says which, and is fetched when that split is asked for.
+    """
 
     url: str
     md5: str
+    split: str | None = None
 
     @property
     def filename(self) -> str:
@@ -58,9 +62,10 @@ class DataSet:
     note : licence, and whom to cite
     homes : folder names tried under the data folder
     layouts : ways it may lie on disk, best first
-    archives : official files to download; none where a person has to register
-    classes : names of the classes by index, where they are not in a file
+    archives : official files to download; none where a person has to register, or to agree to something
+    classes : names of the classes by index, where they are not in a file that is always there
     class_ids : WordNet ids of an ImageNet subset by class index
+    site : where a person gets the files, when they are not downloaded
     """
 
     title: str
@@ -73,6 +78,7 @@ class DataSet:
     archives: tuple[Archive, ...] = ()
     classes: tuple[str, ...] = ()
     class_ids: tuple[str, ...] = field(default=(), repr=False)
+    site: str = ""
 
 
 @dataclass(frozen=True)
@@ -134,7 +140,38 @@ def _imagenet(title: str, name: str, n_classes: int) -> DataSet:
     return DataSet(title, n_classes, ("train", "val"), 256,
                    "research only, by registration; cite Russakovsky et al. 2015",
                    (name, "imagenet", "ILSVRC2012", "imagenet-1k"), (layout("ILSVRC2012_img_{}"), layout("{}")),
-                   class_ids=CLASS_IDS.get(name, ()))
+                   class_ids=CLASS_IDS.get(name, ()), site="image-net.org, by registration")
+
+
+def _svhn(url: str, md5: Mapping[str, str]) -> DataSet:
+    files = {split: (f"{split}_32x32.mat",) for split in md5}
+    return DataSet("SVHN", 10, tuple(md5), 32, "non-commercial use only; cite Netzer et al. 2011", ("svhn", "SVHN"),
+                   (Layout("svhn", ("",), files, files),),
+                   tuple(Archive(f"{url}/{files[split][0]}", digest, split) for split, digest in md5.items()),
+                   classes=_DIGITS)
+
+
+def _dogs() -> DataSet:
+    def layout(images: str, lists: str) -> Layout:
+        labels = {split: (f"{lists}{split}_list.mat",) for split in ("train", "test")}
+        return Layout("dogs", ("",), {split: (images, *files) for split, files in labels.items()}, labels)
+
+    return DataSet("Stanford Dogs", 120, ("train", "test"), 96,
+                   "images of ImageNet, research only; cite Khosla et al. 2011",
+                   ("dogs", "stanford-dogs", "stanford_dogs", "StanfordDogs", "Stanford_Dogs"),
+                   # The archive unpacks to Images, its README says images; the lists come without a folder.
+                   tuple(layout(images, lists) for images in ("Images", "images") for lists in ("", "lists/")),
+                   site="images.tar and lists.tar of vision.stanford.edu/aditya86/ImageNetDogs, for research only")
+
+
+def _cub() -> DataSet:
+    images = {split: ("images", "images.txt", "train_test_split.txt") for split in ("train", "test")}
+    labels = {split: ("images.txt", "image_class_labels.txt", "classes.txt") for split in ("train", "test")}
+    return DataSet("CUB-200-2011", 200, ("train", "test"), 96,
+                   "photographs of many owners, research only; cite Wah et al. 2011",
+                   ("cub200", "CUB_200_2011", "CUB-200-2011", "cub-200-2011", "cub-200", "cub", "CUB"),
+                   (Layout("cub", ("", "CUB_200_2011"), images, labels),),
+                   site="CUB_200_2011.tgz of vision.caltech.edu/datasets/cub_200_2011, for research only")
 
 
 _CIFAR10_FILES = {"train": tuple(f"data_batch_{i}" for i in range(1, 6)), "test": ("test_batch",)}
@@ -155,12 +192,17 @@ DATASETS: dict[str, DataSet] = {
                      (Archive("http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz",
                               "91f7769df0f17e558f3565bffb0c7dfb"),),
                      tuple(_STL10.split())),
+    "svhn": _svhn("http://ufldl.stanford.edu/housenumbers", {"train": "e26dedcc434d2e4c54c9b2d4a06d8373",
+                                                             "test": "eb5a983be6a315427106f1b164d9cef3",
+                                                             "extra": "a93ce644f1a588dc4d68dda5feec44a7"}),
     "imagenet": _imagenet("ImageNet", "imagenet", 1000),
     "imagenet10": _imagenet("ImageNet-10", "imagenet10", 10),
     "imagenetdogs": _imagenet("ImageNet-Dogs", "imagenetdogs", 15),
     "imagenet50": _imagenet("ImageNet-50", "imagenet50", 50),
     "imagenet100": _imagenet("ImageNet-100", "imagenet100", 100),
     "imagenet200": _imagenet("ImageNet-200", "imagenet200", 200),
+    "dogs": _dogs(),
+    "cub200": _cub(),
     "mnist": _mnist("MNIST", "CC BY-SA 3.0; cite LeCun et al. 1998", ("mnist", "MNIST"),
                     "https://ossci-datasets.s3.amazonaws.com/mnist",
                     ("f68b3c2dcbeaaa9fbdd348bbdeb94873", "9fb629c4189551a2d022fa330f9573f3",
@@ -176,25 +218,26 @@ DATASETS: dict[str, DataSet] = {
 
 
 def data_set_name(word: str) -> str | None:
-    """Return the data set that ``word`` names, whatever its case and hyphens (``CIFAR-10``), or None."""
-    plain = {re.sub(r"[-_ ]", "", name): name for name in DATASETS}
+    """Return the data set called ``word`` (``dogs``, ``Stanford Dogs``), whatever its case and hyphens, or None."""
+    plain = {re.sub(r"[-_ ]", "", called.lower()): name for name, data_set in DATASETS.items()
+             for called in (data_set.title, name)}
     return plain.get(re.sub(r"[-_ ]", "", word.lower()))
 
 
 def split_parts(name: str, split: str) -> tuple[str, ...]:
-    """Return the splits on disk that make up ``split``: one, or two for ``train+unlabeled``.
+    """Return the splits on disk that make up ``split``: one, or several for ``train+unlabeled``.
 
     Raises
     ------
     InputError
-        The data set has no such split.
+        The data set has no such split, or one is named twice.
     """
     splits = DATASETS[name].splits
     other = {"val": "test", "test": "val"}.get(split, split)
-    chosen = split if split in splits else other
-    if chosen not in splits:
+    parts = tuple((split if split in splits else other).split("+"))
+    if not set(parts) <= set(splits) or len(set(parts)) < len(parts):
         raise InputError(f"{DATASETS[name].title} has no split {split!r}", nearest(split, list(splits)))
-    return tuple(chosen.split("+"))
+    return parts
 
 
 def cache_folder() -> Path:
@@ -256,9 +299,26 @@ def not_found(name: str, part: str, what: Literal["images", "labels"], data_dir:
     wanted = (layout.images if what == "images" else layout.labels).get(part, ())
     home = data_folders(data_dir)[0] / data_set.homes[0]
     names = [str(Path(layout.folders[-1] if layout.reader != "imagenet" else "", file)) for file in wanted]
-    some = ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
     looked = " or ".join(str(folder) for folder in data_folders(data_dir))
-    official = data_set.archives[0].url.rsplit("/", 1)[0] if data_set.archives else "image-net.org, by registration"
-    return DataNotFoundError(f"{data_set.title}, split {part}: no {some} under {looked}{reason}",
+    told = _incomplete(data_set, part, what, data_dir) or f"no {_some(names)} under {looked}"
+    official = data_set.archives[0].url.rsplit("/", 1)[0] if data_set.archives else data_set.site
+    return DataNotFoundError(f"{data_set.title}, split {part}: {told}{reason}",
                              f"put the official files ({official}) into {home}, or name the folder they are in with "
                              "--data or PHYLA_DATA")
+
+
+def _incomplete(data_set: DataSet, part: str, what: Literal["images", "labels"],
+                data_dir: Path | str | None) -> str | None:
+    """Return what a place has and lacks where a split's files are not all together, or None where no place has any."""
+    for layout in data_set.layouts:
+        wanted = (layout.images if what == "images" else layout.labels).get(part, ())
+        for folder in _places(data_set, layout, data_dir):
+            missing = [file for file in wanted if not _present(folder, file)]
+            if len(missing) < len(wanted):
+                there = next(file for file in wanted if file not in missing)
+                return f"{folder} has {there} and lacks {_some(missing)}"
+    return None
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")

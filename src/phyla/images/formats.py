@@ -18,6 +18,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from phyla.errors import CorruptFileError, InputError
+from phyla.images.matlab import read_array, read_shape
 
 _AGAIN = "delete it and get it again"
 CIFAR_LABEL_KEYS = {"cifar10": "labels", "cifar20": "coarse_labels", "cifar100": "fine_labels"}
@@ -198,6 +199,26 @@ def stl_labels(path: Path) -> np.ndarray:
 def lines(path: Path) -> tuple[str, ...]:
     """Return the lines of a list of class names, without the blank ones."""
     return tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+
+
+# ── SVHN: a MATLAB file a split, images X along the last axis and labels y ────────────────────────────────────────
+
+
+def svhn_pixels(path: Path) -> np.ndarray:
+    """Return the cropped digits of a SVHN file, uint8 (n, 32, 32, 3)."""
+    images = read_array(path, "X")
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[:3] != (32, 32, 3) or not images.size:
+        raise CorruptFileError(f"{path}: 'X' is {images.dtype} {images.shape}, not uint8 (32, 32, 3, n)", _AGAIN)
+    return images.transpose(3, 0, 1, 2)
+
+
+def svhn_labels(path: Path) -> np.ndarray:
+    """Return the digit of each image of a SVHN file, int64 (n,); the file says 10 where the digit is 0."""
+    labels = read_array(path, "y").ravel()
+    n_images = read_shape(path, "X")[-1]
+    if len(labels) != n_images or not np.isin(labels, np.arange(1, 11)).all():
+        raise CorruptFileError(f"{path} should give {n_images} labels of 1 to 10 and does not", _AGAIN)
+    return labels.astype(np.int64) % 10
 
 
 # ── IDX: MNIST and Fashion-MNIST, plain or gzipped ────────────────────────────────────────────────────────────────

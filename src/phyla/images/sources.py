@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from phyla.errors import DataNotFoundError, InputError, nearest
-from phyla.images import formats
+from phyla.images import finegrained, formats
 from phyla.images.arrays import from_array, read_array_file
 from phyla.images.catalog import DATASETS, Found, data_set_name, locate, not_found, split_parts
 from phyla.images.decode import SUFFIXES, checked_size, square
@@ -120,8 +120,8 @@ def _open_data_set(name: str, split: str, size: int | None, data_dir: Path | Non
     found = {part: _obtained(name, part, data_dir, download) for part in split_parts(name, split)}
     title = f"{DATASETS[name].title} {'+'.join(found)}"
     size = size or DATASETS[name].size
-    if next(iter(found.values())).layout.reader == "imagenet":
-        files = [file for part, place in found.items() for file in _imagenet(name, part, place)]
+    if next(iter(found.values())).layout.reader in ("imagenet", "dogs", "cub"):
+        files = [file for part, place in found.items() for file in _image_files(name, part, place)]
         return _open_files(files, title, size, limit, strict, cache)
     arrays = {part: _pixels(place) for part, place in found.items()}
     ids = [f"{part}/{row:05d}" for part, array in arrays.items() for row in range(len(array))]
@@ -140,11 +140,14 @@ def _obtained(name: str, part: str, data_dir: Path | None, download: bool) -> Fo
         folder = download_folder(DATASETS[name].homes[0], data_dir)
         try:
             for archive in DATASETS[name].archives:
-                fetch(archive, folder)
+                if archive.split in (None, part):
+                    fetch(archive, folder)
         except NotReachableError as error:
             reason = f", and it cannot be downloaded ({error})"
         if found := locate(name, part, "images", data_dir):
             return found
+    if is_there(Path(name)):
+        reason += f"; the {name} in this folder is meant by ./{name}"
     raise not_found(name, part, "images", data_dir, reason)
 
 
@@ -157,15 +160,25 @@ def _pixels(found: Found) -> np.ndarray:
             return formats.npz_pixels(found.paths[0])
         case "stl":
             return formats.stl_pixels(found.paths[0])
+        case "svhn":
+            return formats.svhn_pixels(found.paths[0])
         case "idx":
             return formats.idx_pixels(found.paths[0])
     return formats.digits_pixels()
 
 
-def _imagenet(name: str, part: str, found: Found) -> list[ImageFile]:
-    folder = found.paths[0]
-    classes = formats.imagenet_classes(folder, DATASETS[name].class_ids, DATASETS[name].n_classes)
-    return [ImageFile(f"{part}/{file}", str(folder / file)) for file in formats.imagenet_files(folder, classes)]
+def _image_files(name: str, part: str, found: Found) -> list[ImageFile]:
+    """Return the files of one split, their ids ``part/class folder/name``, in the data set's own order."""
+    folder, *lists = found.paths
+    match found.layout.reader:
+        case "dogs":
+            files = finegrained.dogs_files(lists[0])
+        case "cub":
+            files = finegrained.cub_files(lists[0], lists[1], part)
+        case _:
+            classes = formats.imagenet_classes(folder, DATASETS[name].class_ids, DATASETS[name].n_classes)
+            files = formats.imagenet_files(folder, classes)
+    return [ImageFile(f"{part}/{file}", str(folder / file)) for file in files]
 
 
 def _gathered(arrays: Sequence[np.ndarray], ids: Sequence[str], rows: np.ndarray, size: int, name: str,

@@ -1,7 +1,8 @@
-"""Heads that sit on an encoder: a projection for contrastive learning, and many cluster heads in one matmul."""
+"""Heads that sit on an encoder: a projection onto the unit sphere, and many cluster heads in one matmul."""
 
 import copy
 import math
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -9,17 +10,34 @@ from torch import Tensor, nn
 
 from phyla.errors import InputError
 
+Norm = Literal["feature_rows", "class_columns"]
+
 
 class Projection(nn.Sequential):
-    """Two linear layers with a ReLU, and rows of length 1: (B, D) to (B, n_out); no BatchNorm (SCAN, section 5.1)."""
+    """Linear layers with a ReLU between, and rows of length 1: (B, D) to (B, n_out); no BatchNorm.
 
-    def __init__(self, n_features: int, n_out: int = 128) -> None:
-        super().__init__(nn.Linear(n_features, n_features), nn.ReLU(), nn.Linear(n_features, n_out))
+    Parameters
+    ----------
+    n_features, n_out : D and the length of a row; equal where there is no layer
+    n_layers : 2 (SimCLR as SCAN trains it), 1 (Super-AND), or 0: the embeddings themselves, scaled to length 1
+    """
+
+    def __init__(self, n_features: int, n_out: int = 128, n_layers: int = 2) -> None:
+        if n_layers not in (0, 1, 2) or (n_layers == 0 and n_out != n_features):
+            raise InputError(f"a projection of {n_layers} layers from {n_features} to {n_out} features cannot be made",
+                             "0 (as many features as there are), 1 or 2 layers")
+        hidden = [nn.Linear(n_features, n_features), nn.ReLU()] if n_layers == 2 else []
+        super().__init__(*hidden, *([nn.Linear(n_features, n_out)] if n_layers else []))
+        self.n_features, self.n_out, self.n_layers = n_features, n_out, n_layers
 
     def forward(self, embeddings: Float[Tensor, "batch features"]) -> Float[Tensor, "batch projection"]:
         """Return unit rows in float32 or better."""
         projected = super().forward(embeddings)  # type: ignore[no-untyped-call]
         return nn.functional.normalize(projected if projected.dtype == torch.float64 else projected.float(), dim=1)
+
+    def spec(self) -> dict[str, int]:
+        """Return the arguments that make a projection of this form, for a file."""
+        return {"n_features": self.n_features, "n_out": self.n_out, "n_layers": self.n_layers}
 
 
 class ClusterHeads(nn.Module):
@@ -73,24 +91,75 @@ class ClusterHeads(nn.Module):
         return kept
 
 
+class NormalizedHeads(nn.Module):
+    """Heads without bias whose weights are normalised, and which sharpen by a temperature: rows (B, D) to (H, B, K).
+
+    Parameters
+    ----------
+    weight : raw prototypes (n_heads, n_features, n_clusters)
+    temperature : > 0, divides the logits
+    norm : feature_rows: every feature's K weights have length 1 together, so a prototype has length about
+        sqrt(D / K); class_columns: every prototype has length 1
+    trainable : whether the raw prototypes are parameters, or buffers that stay as they are
+    """
+
+    weight: Tensor
+
+    def __init__(self, weight: Float[Tensor, "heads features clusters"], *, temperature: float, norm: Norm,
+                 trainable: bool = False) -> None:
+        super().__init__()
+        if not temperature > 0:
+            raise InputError(f"temperature must be above 0, got {temperature}")
+        if trainable:
+            self.weight = nn.Parameter(weight)
+        else:
+            self.register_buffer("weight", weight)
+        self.temperature, self.norm = temperature, norm
+
+    def forward(self, embeddings: Float[Tensor, "batch features"]) -> Float[Tensor, "heads batch clusters"]:
+        """Return the logits of every head, divided by the temperature."""
+        n_heads, _, n_clusters = self.weight.shape
+        prototypes = normalized(self.weight, self.norm).transpose(0, 1).flatten(1)
+        return (embeddings @ prototypes / self.temperature).reshape(-1, n_heads, n_clusters).transpose(0, 1)
+
+    def as_linear(self) -> "ClusterHeads":
+        """Return plain linear heads that give the same logits: temperature and norm are in their weights."""
+        n_heads, n_features, n_clusters = self.weight.shape
+        heads = ClusterHeads(n_features, n_clusters, n_heads).to(self.weight)
+        prototypes = normalized(self.weight.detach(), self.norm) / self.temperature
+        heads.weight.data = prototypes.transpose(1, 2).contiguous()
+        return heads
+
+
+def normalized(weight: Float[Tensor, "*heads features clusters"], norm: Norm
+               ) -> Float[Tensor, "*heads features clusters"]:
+    """Return ``weight`` with rows (feature_rows) or columns (class_columns) of length 1; zeros stay."""
+    return nn.functional.normalize(weight, dim=-1 if norm == "feature_rows" else -2)
+
+
 class ClusterNet(nn.Module):
     """An encoder with cluster heads: views (B, 3, H, W) to logits (n_heads, B, n_clusters).
 
-    With ``nn.Identity`` as the encoder it takes embeddings (B, D).
+    With ``nn.Identity`` as the encoder it takes embeddings (B, D). A ``projection`` stands between encoder and heads.
     """
 
-    def __init__(self, encoder: nn.Module, heads: ClusterHeads) -> None:
+    def __init__(self, encoder: nn.Module, heads: ClusterHeads, projection: Projection | None = None) -> None:
         super().__init__()
-        self.encoder, self.heads = encoder, heads
+        self.encoder, self.projection, self.heads = encoder, projection, heads
 
     def forward(self, views: Float[Tensor, "batch ..."]) -> Float[Tensor, "heads batch clusters"]:
         """Return the logits of every head."""
-        return self.heads(self.encoder(views))
+        return self.heads(self.embed(views))
+
+    def embed(self, views: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch features"]:
+        """Return what the heads see."""
+        embeddings = self.encoder(views)
+        return embeddings if self.projection is None else self.projection(embeddings)
 
     def probabilities(self, views: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch heads clusters"]:
         """Return the softmax of every head in float32 or better, images first."""
-        return self.heads.probabilities(self.encoder(views))
+        return self.heads.probabilities(self.embed(views))
 
     def only(self, head: int) -> "ClusterNet":
-        """Return a copy with one head; the encoder is copied too."""
-        return ClusterNet(copy.deepcopy(self.encoder), self.heads.only(head))
+        """Return a copy with one head; encoder and projection are copied too."""
+        return ClusterNet(copy.deepcopy(self.encoder), self.heads.only(head), copy.deepcopy(self.projection))

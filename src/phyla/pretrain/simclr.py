@@ -25,7 +25,7 @@ from phyla.errors import InputError
 from phyla.images.augment import Views
 from phyla.images.batches import Order, open_pixels
 from phyla.nets.heads import Projection
-from phyla.nets.resnet import EncoderSpec, ResNet, initialise
+from phyla.nets.resnet import Encoder, EncoderSpec, initialise
 from phyla.randomness import generator
 from phyla.storage import fingerprint
 from phyla.training.device import Device, choose_device
@@ -147,7 +147,7 @@ class SimCLR(TransformerMixin, BaseEstimator):
         if len(images) < 2:
             raise InputError(f"SimCLR needs at least 2 images, got {len(images)}")
 
-    def _build(self) -> tuple[ResNet, Projection]:
+    def _build(self) -> tuple[Encoder, Projection]:
         source = generator(self.random_state, "simclr weights")
         encoder, projection = self.encoder.build(source), Projection(self.encoder.n_features, self.n_projection)
         initialise(projection, source)

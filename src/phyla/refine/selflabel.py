@@ -16,9 +16,9 @@ import logging
 import math
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
 from phyla.embed import forward_all, weights_fingerprint
-from phyla.errors import CollapseWarning, InputError, PhylaWarning, nearest
+from phyla.errors import CollapseWarning, InputError, PhylaWarning
 from phyla.images.augment import Views
 from phyla.images.batches import Order, open_pixels
 from phyla.nets.heads import ClusterNet
@@ -36,6 +36,7 @@ from phyla.quality import neighbor_score
 from phyla.storage import fingerprint
 from phyla.training.device import Device, choose_device
 from phyla.training.loop import Loop, Stateful
+from phyla.training.options import faults, make_optimizer
 from phyla.types import ImageSet, Neighbors
 
 log = logging.getLogger("phyla")
@@ -141,7 +142,8 @@ class SelfLabel(ClusterMixin, BaseEstimator):
         before, net = copy.deepcopy(net), copy.deepcopy(net)
         device.place(net).requires_grad_(True)
         teacher = copy.deepcopy(net) if self.ema != "off" else net
-        optimizer = self._optimizer(net)
+        optimizer = make_optimizer(self.optimizer, net.parameters(), lr=self.lr, momentum=self.momentum,
+                                   weight_decay=self.weight_decay)
         pixels, weak = open_pixels(images, device.device), self.views.plain()
         order = Order(len(images), self.batch_size, self.random_state, device=device.device)
         counters: dict[str, Any] = {"skipped": 0, "idle_epochs": 0, "used": 0}
@@ -198,13 +200,7 @@ class SelfLabel(ClusterMixin, BaseEstimator):
         for name in ("threshold", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 yield InputError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
-        for name, least in (("patience", 1), ("n_selection_neighbors", 1), ("batch_size", 2)):
-            if getattr(self, name) < least:
-                yield InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        for field in fields(self):
-            value, allowed = getattr(self, field.name), get_args(field.type)
-            if get_origin(field.type) is Literal and value not in allowed:
-                yield InputError(f"{field.name}={value!r} is not allowed", nearest(str(value), list(allowed)))
+        yield from faults(self, least={"patience": 1, "n_selection_neighbors": 1, "batch_size": 2})
         if len(images) < 2:
             yield InputError(f"self-labelling needs at least 2 images, got {len(images)}", "add images")
         if net.heads.n_heads != 1:
@@ -216,11 +212,6 @@ class SelfLabel(ClusterMixin, BaseEstimator):
             if near is not None and near.indices.shape != (len(shown), max(1, near.n_neighbors)):
                 yield InputError(f"the neighbors belong to another set: {len(near)} rows, {len(shown)} images",
                                  "find them again for these images")
-
-    def _optimizer(self, net: nn.Module) -> torch.optim.Optimizer:
-        if self.optimizer == "adam":
-            return torch.optim.Adam(net.parameters(), self.lr, weight_decay=self.weight_decay)
-        return torch.optim.SGD(net.parameters(), self.lr, self.momentum, weight_decay=self.weight_decay)
 
     @torch.no_grad()
     def _average(self, net: ClusterNet, teacher: ClusterNet, *, moved: bool) -> None:

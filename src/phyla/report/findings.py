@@ -221,7 +221,7 @@ def check_skipped(skipped: Sequence[tuple[str, str]], n_images: int) -> Finding:
 
 
 def check_confidence(assignment: Assignment, correct: np.ndarray | None) -> Finding:
-    """Return whether the mean confidence promises more than the true labels bear out."""
+    """Return whether the mean confidence promises more, or less, than the true labels bear out."""
     code = "overconfidence"
     if correct is None or not len(correct) or _outright(assignment):
         return Finding(code, "Honest confidence", "not_applicable", "This needs true labels, and confidences below 1.")
@@ -230,6 +230,10 @@ def check_confidence(assignment: Assignment, correct: np.ndarray | None) -> Find
     if promised - kept > 0.1:
         return Finding(code, "Confidence promises too much", "warning", message,
                        "Do not read confidence as the chance of being right; use it to rank images.")
+    if kept - promised > 0.1:
+        return Finding(code, "Confidence promises too little", "note", message,
+                       "More images are right than the confidence says. It still ranks images; where a method has an "
+                       "option for a temperature, that can end it.")
     return Finding(code, "Confidence is borne out", "passed", message)
 
 

@@ -1,7 +1,7 @@
 """Write the report: one HTML file that needs nothing else, and its figures as PNG files beside it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 
@@ -10,13 +10,15 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 import phyla
 from phyla.errors import InputError
+from phyla.evaluate.robustness import RobustnessCurve
 from phyla.neighbors import check_embeddings
 from phyla.progress import bar
 from phyla.quality import effective_clusters
-from phyla.report import charts, figures, selection, wording
+from phyla.report import calibration, charts, figures, robustness, selection, wording
+from phyla.report.examples import Gallery
 from phyla.report.findings import DUPLICATE_SIMILARITY, Finding, all_findings
 from phyla.report.measures import ConfidenceSpread, Confusion, EmbeddingMap, curve_table, read_curves
-from phyla.report.scoretable import score_tables
+from phyla.report.scoretable import result_row, score_tables
 from phyla.report.thumbnails import make_sheet, make_thumbnails
 from phyla.storage import write_text
 from phyla.types import Assignment, ImageSet, Neighbors, Scores
@@ -52,6 +54,8 @@ class ReportInput:
     skipped : files that could not be read: name and reason
     notices : what the run decided, in sentences
     result : the method in ``scores`` that ``assignment`` is of; None for the last one that is no baseline
+    results : every result of the run by its title, of the same images, ``assignment`` last; empty for that one alone
+    robustness : what attacks leave of each; empty if none was made
     """
 
     title: str
@@ -67,6 +71,8 @@ class ReportInput:
     skipped: Sequence[tuple[str, str]] = ()
     notices: Sequence[str] = ()
     result: str | None = None
+    results: Mapping[str, Assignment] = field(default_factory=dict)
+    robustness: Sequence[RobustnessCurve] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,12 +87,16 @@ class _Parts:
     findings: Sequence[Finding]
     review: Sequence[int]
     pairs: Sequence[tuple[int, int]]
+    gallery: Gallery
+    honesty: Sequence[calibration.Honesty]
 
 
 def build_report(data: ReportInput, folder: Path) -> Path:
     """Return the path of ``report.html``, written to ``folder`` with its figures.
 
-    The figures are map.png, prototypes.png, confidence.png, curves.png and, with labels, confusion_matrix.png.
+    The figures are map.png, prototypes.png, confidence.png, curves.png, probabilities.png and, with neighbors,
+    retrieval.png; with labels, confusion_matrix.png, reliability.png and risk_coverage.png; with attacks,
+    robustness.png.
 
     Raises
     ------
@@ -119,8 +129,9 @@ def _check(data: ReportInput) -> None:
     for name, length in lengths.items():
         if length != n_images:
             raise InputError(f"a report of {n_images} images needs {name} of as many, got {length}")
-    if list(data.images.ids) != list(data.assignment.ids):
-        raise InputError("images and assignment name different images, or in another order")
+    for name, assignment in {"assignment": data.assignment, **data.results}.items():
+        if list(data.images.ids) != list(assignment.ids):
+            raise InputError(f"images and {name} name different images, or in another order")
     check_embeddings(data.embeddings)
 
 
@@ -131,13 +142,30 @@ def _work_out(data: ReportInput) -> _Parts:
     confusion = Confusion.of(truth, classes, assignment, names=names)
     known, correct = (None, None) if confusion is None else (confusion.known, confusion.correct)
     alike = () if neighbors is None else selection.near_duplicate_pairs(neighbors, DUPLICATE_SIMILARITY)[:N_PAIRS]
+    clusters = selection.summarize_clusters(assignment, data.embeddings, neighbors, names=names,
+                                            n_shown=_images_a_row(assignment.n_clusters))
+    review = selection.review_first(assignment, N_REVIEW)
+    chosen = selection.choose_examples(assignment, _prototypes(clusters), review)
     return _Parts(
-        names, selection.summarize_clusters(assignment, data.embeddings, neighbors, names=names,
-                                            n_shown=_images_a_row(assignment.n_clusters)),
-        confusion, ConfidenceSpread(assignment, names, known, correct), EmbeddingMap.of(data.embeddings, assignment),
+        names, clusters, confusion, ConfidenceSpread(assignment, names, known, correct),
+        EmbeddingMap.of(data.embeddings, assignment),
         all_findings(assignment, names=names, neighbors=neighbors, curves=data.curves, scores=data.scores,
                      result=data.result, skipped=data.skipped, correct=correct),
-        selection.review_first(assignment, N_REVIEW), [(int(first), int(second)) for first, second in alike])
+        review, [(int(first), int(second)) for first, second in alike],
+        Gallery.of(chosen, assignment, neighbors, names=names, truth=None if confusion is None else truth,
+                   classes=() if confusion is None else confusion.classes),
+        calibration.judge_results(_results(data), None if confusion is None else truth))
+
+
+def _results(data: ReportInput) -> Mapping[str, Assignment]:
+    if data.results:
+        return data.results
+    row = result_row(data.scores, data.result)
+    return {row.method if row else "This result": data.assignment}
+
+
+def _prototypes(clusters: Sequence[selection.ClusterSummary]) -> list[int]:
+    return [-1 if cluster.prototype is None else cluster.prototype for cluster in clusters]
 
 
 def _images_a_row(n_clusters: int) -> int:
@@ -146,14 +174,20 @@ def _images_a_row(n_clusters: int) -> int:
 
 def _draw(data: ReportInput, parts: _Parts, folder: Path) -> list[str]:
     """Write the figures one after the other, and return their file names."""
-    rows = [-1 if cluster.prototype is None else cluster.prototype for cluster in parts.clusters]
     drawings = {
         "map.png": partial(figures.embedding_map, parts.layout, parts.names),
-        "prototypes.png": partial(figures.prototypes, data.images, rows, parts.names),
+        "prototypes.png": partial(figures.prototypes, data.images, _prototypes(parts.clusters), parts.names),
         "confidence.png": partial(figures.confidence, parts.spread),
         "curves.png": partial(figures.training_curves, read_curves(data.curves))}
+    if parts.gallery.n_voters:
+        drawings["retrieval.png"] = partial(figures.retrieval, data.images, parts.gallery)
+    drawings["probabilities.png"] = partial(figures.probabilities, data.images, parts.gallery)
     if parts.confusion is not None:
         drawings["confusion_matrix.png"] = partial(figures.confusion_matrix, parts.confusion)
+        drawings["reliability.png"] = partial(calibration.reliability, parts.honesty)
+        drawings["risk_coverage.png"] = partial(calibration.risk_coverage, parts.honesty)
+    if data.robustness:
+        drawings["robustness.png"] = partial(robustness.robustness, data.robustness)
     for name, draw in drawings.items():
         figures.save_png(draw()[0], folder / name)
     return list(drawings)
@@ -169,7 +203,7 @@ def _images(data: ReportInput, parts: _Parts) -> dict[str, object]:
     """Return the pictures of the page."""
     cards = _shown_clusters(parts)
     rows = [row for cluster in cards for row in cluster.rows]
-    rows += [*parts.review, *(row for pair in parts.pairs for row in pair)]
+    rows += [*parts.review, *(row for pair in parts.pairs for row in pair), *parts.gallery.rows]
     thumbnails = make_thumbnails(data.images, rows)
     return {"cards": cards, "thumbnails": thumbnails, "sheet": make_sheet(data.images, parts.layout.rows.tolist()),
             "heat": None if parts.confusion is None else charts.heat_uri(parts.confusion.shares)}
@@ -182,6 +216,10 @@ def _numbers(data: ReportInput, parts: _Parts) -> dict[str, object]:
     return {
         "data": data, "names": parts.names, "clusters": parts.clusters, "confusion": parts.confusion,
         "spread": parts.spread, "findings": parts.findings, "review": parts.review, "pairs": parts.pairs,
+        "gallery": parts.gallery, "honesty": parts.honesty, "honesty_rows": calibration.summary(parts.honesty),
+        "risk": calibration.risk_plot(parts.honesty), "risk_rows": calibration.risk_table(parts.honesty),
+        "gaps": calibration.GAPS, "attacks": robustness.robustness_plots(data.robustness),
+        "attack_rows": robustness.robustness_table(data.robustness),
         "layout": parts.layout, "version": phyla.__version__, "verdict": _verdict(data, parts),
         "tables": score_tables(data.scores, data.result), "effective": effective_clusters(assignment.labels),
         "agreement": _mean_agreement(parts.clusters), "sure_share": float((assignment.confidence >= 0.9).mean()),

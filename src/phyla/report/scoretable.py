@@ -12,7 +12,8 @@ COMPARED: Mapping[str, bool] = {"hungarian_accuracy": True, "nmi": True, "neighb
 """Scores by which the result is held against k-means, the most telling first, and whether higher is better."""
 
 _WITH_LABELS = ("hungarian_accuracy", "nmi", "ari", "many_to_one_accuracy", "ami", "top5_accuracy",
-                "expected_calibration_error")
+                "expected_calibration_error", "confidence_gap", "brier_score", "area_under_risk_coverage",
+                "heads_mean_hungarian_accuracy", "heads_sd_hungarian_accuracy", "heads_best_hungarian_accuracy")
 _PROBES = ("neighbor_purity", "knn_accuracy", "linear_accuracy")  # a name may go on: knn_accuracy_20
 
 

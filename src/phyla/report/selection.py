@@ -166,3 +166,35 @@ def near_duplicate_pairs(neighbors: Neighbors, similarity: float) -> np.ndarray:
     _, first = np.unique(low * len(neighbors) + high, return_index=True)
     order = first[np.argsort(-neighbors.similarities[rows, ranks][first], kind="stable")]
     return np.stack([low[order], high[order]], axis=1).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Images to be looked at closely, as rows, none of them twice.
+
+    Parameters
+    ----------
+    typical : prototypes, in the order of their clusters
+    hardest : images whose first choice is least ahead of the second, the least first
+    """
+
+    typical: tuple[int, ...]
+    hardest: tuple[int, ...]
+
+
+def choose_examples(assignment: Assignment, prototypes: Sequence[int], doubtful: Sequence[int], *, n_typical: int = 6,
+                    n_hardest: int = 4) -> Examples:
+    """Return a few images that show both how the clustering looks where it is easy and where it is hard.
+
+    No label is asked and nothing is drawn by lot: the same clustering gives the same examples.
+
+    Parameters
+    ----------
+    prototypes : one row a cluster, -1 for an empty one. Of more than ``n_typical``, those of clusters evenly spaced by
+        size are taken, the largest and the smallest among them
+    doubtful : rows as ``review_first`` orders them, ``n_typical`` + ``n_hardest`` of them if there are as many
+    """
+    filled = sorted((c for c, row in enumerate(prototypes) if row >= 0), key=lambda c: -int(assignment.sizes[c]))
+    spaced = np.linspace(0, len(filled) - 1, min(n_typical, len(filled))).round().astype(int).tolist()
+    typical = tuple(int(prototypes[c]) for c in sorted(filled[i] for i in spaced))
+    return Examples(typical, tuple(int(row) for row in doubtful if row not in typical)[:n_hardest])

@@ -50,13 +50,13 @@ def make_thumbnails(images: ImageSet, rows: Sequence[int], *, budget: int = 9_00
     for start in range(0, len(wanted), 256):
         block = wanted[start : start + 256]
         for row, pixels in zip(block, pixels_of(images, block), strict=True):
-            uris[row] = _uri(_shrunk(pixels, step[0]), step[1], lossless=tiny)
+            uris[row] = _uri(shrunk(pixels, step[0]), step[1], lossless=tiny)
     return Thumbnails(uris, tiny)
 
 
 def make_sheet(images: ImageSet, rows: Sequence[int], *, side: int = 40, budget: int = 3_000_000) -> Sheet:
     """Return one image with a tile for each of ``rows`` in their order, within ``budget`` bytes if that can be."""
-    tiles = [_shrunk(pixels, side) for start in range(0, len(rows), 256)
+    tiles = [shrunk(pixels, side) for start in range(0, len(rows), 256)
              for pixels in pixels_of(images, rows[start : start + 256])]
     width, height = tiles[0].size
     columns = min(60, len(tiles))
@@ -86,13 +86,14 @@ def _fitting_step(images: ImageSet, rows: Sequence[int], budget: int) -> tuple[i
     probe = [rows[i] for i in np.linspace(0, len(rows) - 1, min(_PROBE, len(rows))).astype(int)]
     pixels = pixels_of(images, probe)
     for side, quality in _LADDER:
-        sizes = [len(_encoded(_shrunk(image, side), quality, lossless=False)) for image in pixels]
+        sizes = [len(_encoded(shrunk(image, side), quality, lossless=False)) for image in pixels]
         if 1.15 * sum(sizes) / max(1, len(sizes)) * len(rows) <= budget:
             return side, quality
     return _LADDER[-1]
 
 
-def _shrunk(pixels: np.ndarray, side: int) -> Image.Image:
+def shrunk(pixels: np.ndarray, side: int) -> Image.Image:
+    """Return an image whose longest side is ``side`` at most; a smaller one stays as it is."""
     image = Image.fromarray(np.ascontiguousarray(pixels))
     if max(image.size) > side:
         image.thumbnail((side, side), Image.Resampling.LANCZOS)

@@ -27,13 +27,32 @@ METRICS: dict[str, tuple[str, str]] = {
                         "embeddings know before any clustering."),
     "knn_accuracy": ("kNN accuracy", "Share of images whose class the labelled look-alikes guess: what the embeddings "
                      "would give with labels."),
+    "knn_accuracy_memory": ("kNN accuracy, memory", "kNN accuracy when the labelled look-alikes are the rows of the "
+                            "memory bank as training left it, not embeddings made anew."),
     "linear_accuracy": ("Linear accuracy", "Share of images that a linear classifier trained with labels gets right on "
                         "these embeddings."),
     "expected_calibration_error": ("Calibration error", "Mean distance between confidence and the share that is right: "
                                    "0 is best."),
+    "confidence_gap": ("Confidence gap", "Mean confidence less the share that is right: above 0 it promises too much, "
+                       "below 0 too little."),
+    "brier_score": ("Brier score", "Squared distance between the probabilities and the truth, 0 (sure and right) to 2 "
+                    "(sure and wrong): how right and how honest in one number."),
+    "area_under_risk_coverage": ("Risk-coverage area", "Mean share that is wrong among the surest images, over all "
+                                 "shares accepted (AURC): it falls with fewer errors, and when confidence puts them "
+                                 "last."),
+    "heads_mean_hungarian_accuracy": ("Hungarian accuracy, mean of the heads", "Mean over all random heads of TSUC: "
+                                      "what to expect of a head taken by lot."),
+    "heads_sd_hungarian_accuracy": ("Hungarian accuracy, sd of the heads", "Standard deviation over all random heads "
+                                    "of TSUC: how much a result owes to the luck of its head."),
+    "heads_best_hungarian_accuracy": ("Hungarian accuracy, best head by labels", "The head of TSUC that the true "
+                                      "labels would pick: an upper bound. No result is chosen by it."),
+    "chosen_head_loss": ("Loss of the chosen head", "Training loss of the head that was kept: lower is better. TSUC "
+                         "chooses its head by it, without labels."),
 }
-LOWER_IS_BETTER = frozenset({"neighbor_score", "expected_calibration_error"})
-WITHOUT_ORDER = frozenset({"mean_confidence", "effective_clusters", "n_clusters", "used_clusters"})
+LOWER_IS_BETTER = frozenset({"neighbor_score", "expected_calibration_error", "brier_score", "area_under_risk_coverage",
+                             "chosen_head_loss"})
+WITHOUT_ORDER = frozenset({"mean_confidence", "confidence_gap", "effective_clusters", "n_clusters", "used_clusters",
+                           "heads_sd_hungarian_accuracy", "heads_best_hungarian_accuracy"})
 
 
 @dataclass(frozen=True)
@@ -140,14 +159,15 @@ def metric_title(name: str) -> str:
         return METRICS[name][0]
     if top := re.fullmatch(r"top(\d+)_accuracy", name):
         return f"Top-{top[1]} accuracy"
-    if knn := re.fullmatch(r"knn_accuracy_(\d+)", name):
-        return f"kNN accuracy ({knn[1]} neighbors)"
+    if knn := re.fullmatch(r"knn_accuracy_(\d+)(_memory)?", name):
+        return f"kNN accuracy ({knn[1]} neighbors{', memory' if knn[2] else ''})"
     return name.replace("_", " ").capitalize()
 
 
 def metric_meaning(name: str) -> str:
     """Return what a score says, in a sentence; empty for an unknown one."""
-    known = re.sub(r"^knn_accuracy_\d+$", "knn_accuracy", re.sub(r"^top\d+_accuracy$", "top5_accuracy", name))
+    known = re.sub(r"^top\d+_accuracy$", "top5_accuracy", name)
+    known = re.sub(r"^knn_accuracy_\d+(_memory)?$", r"knn_accuracy\1", known)
     return METRICS[known][1] if known in METRICS else ""
 
 

@@ -94,6 +94,11 @@ class Step:
             total, count = self._loop.sums.get(name, (torch.zeros_like(number), 0))
             self._loop.sums[name] = (total + number, count + 1)
 
+    def mean(self, name: str) -> float:
+        """Return the mean of what was logged as ``name`` in this epoch so far; waits for the device."""
+        total, count = self._loop.sums[name]
+        return float(total / count)
+
     def record(self, **values: float) -> None:
         """Put numbers that are known once an epoch into the epoch's record."""
         self._loop.extras.update(values)

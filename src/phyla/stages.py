@@ -1,0 +1,268 @@
+"""How each method is fitted on what earlier stages left, and what it leaves in its own stage's folder.
+
+The runner asks for a stage; here stands, method by method, what it is given. A new method is one function and one line
+in a table.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from phyla.classifier import Classifier
+from phyla.cluster.kmeans import KMeans
+from phyla.cluster.nnm import NNM
+from phyla.cluster.scan import SCAN, Watched
+from phyla.cluster.tsuc import TSUC
+from phyla.embed import forward_all
+from phyla.errors import InputError
+from phyla.images.augment import Views
+from phyla.neighbors import find_neighbors
+from phyla.nets.heads import ClusterNet, Projection
+from phyla.pipeline import Clusterer, Layer, NeighborOptions, Pretrainer, Refiner
+from phyla.pretrain.simclr import SimCLR
+from phyla.reciprocal import rerank
+from phyla.refine.ruc import RUC
+from phyla.refine.selflabel import SelfLabel
+from phyla.rundir import (
+    load_embeddings,
+    load_encoder,
+    save_assignment,
+    save_embeddings,
+    save_encoder,
+    save_records,
+)
+from phyla.storage import read_array, write_array
+from phyla.training.device import Device
+from phyla.types import Assignment, Embeddings, ImageSet, Neighbors
+
+Splits = Sequence[tuple[str, ImageSet]]
+"""Name and images of each split, the clustered one first."""
+
+_MEMORY = "memory"
+_PROJECTED = 1 << 14  # embeddings projected at once
+
+
+@dataclass(frozen=True, eq=False)
+class Given:
+    """What a cluster or refine method may take; embeddings and neighbors of a split are read when asked for.
+
+    Parameters
+    ----------
+    splits : the images, those that are clustered first
+    pretrained : folder of the encoder
+    layer : which embeddings stand for an image: projection or encoder
+    watched : held-out images on which a label-free score is taken, and their neighbors; None: the clustered ones
+    """
+
+    splits: Splits
+    pretrained: Path
+    layer: Layer
+    embeddings: Callable[[str], Embeddings]
+    neighbors: Callable[[str], Neighbors]
+    watched: tuple[ImageSet, Neighbors] | None
+    device: Device
+    folder: Path
+
+    @property
+    def images(self) -> ImageSet:
+        """The images that are clustered."""
+        return self.splits[0][1]
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What a cluster or refine method left.
+
+    Parameters
+    ----------
+    net : encoder and one head
+    views : their plain form is what ``net`` is shown
+    probabilities : float32 (n_images, n_clusters) of the clustered images
+    history : records of training
+    facts : numbers and notices for done.json
+    all_heads : for a method with rival heads, images to the labels of every head, int64 (n_heads, n_images)
+    epoch_labels : for a method that published its best epoch by labels, the labels after every epoch (n_epochs, n) of
+        the images on which it chose without
+    """
+
+    net: ClusterNet
+    views: Views
+    probabilities: np.ndarray
+    history: Sequence[Mapping[str, object]] = ()
+    facts: dict[str, object] = field(default_factory=dict)
+    all_heads: Callable[[ImageSet], np.ndarray] | None = None
+    epoch_labels: np.ndarray | None = None
+
+
+# ── pretrain ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def pretrain(method: Pretrainer, images: ImageSet, *, device: Device, folder: Path) -> dict[str, object]:
+    """Fit ``method``, leave encoder, records and, where it has one, memory in ``folder``, and return facts."""
+    method.fit(images, device=device, folder=folder)
+    save_encoder(folder, method.encoder_, method.projection_)
+    save_records(folder / "metrics.jsonl", method.history_)
+    memory = None if isinstance(method, SimCLR) else method.memory_
+    if memory is not None:
+        save_embeddings(folder, memory, _MEMORY)
+    return {"n_images": len(images)}
+
+
+def load_memory(folder: Path) -> Embeddings | None:
+    """Return the memory bank that pretraining left in ``folder``; None where the method has none."""
+    return load_embeddings(folder, _MEMORY) if (folder / f"{_MEMORY}.npy").exists() else None
+
+
+def project(folder: Path, embeddings: Embeddings, layer: Layer) -> Embeddings:
+    """Return the projections of ``embeddings`` of ``layer``: what a memory bank holds."""
+    if layer == "projection":
+        return embeddings
+    projection = _required(load_encoder(folder)[1])
+    with torch.no_grad():
+        rows = [projection(torch.from_numpy(part)).numpy() for part in np.split(
+            embeddings.values, range(_PROJECTED, len(embeddings.ids), _PROJECTED))]
+    return Embeddings(np.concatenate(rows), embeddings.ids)
+
+
+def embedder(folder: Path, layer: Layer) -> nn.Module:
+    """Return the network whose output stands for an image: the encoder, with its projection if that is the layer."""
+    encoder, projection = load_encoder(folder)
+    return encoder if layer == "encoder" else nn.Sequential(encoder, _required(projection))
+
+
+def _required(projection: Projection | None) -> Projection:
+    if projection is None:
+        raise InputError("this encoder has no projection", "--set embed.layer=encoder")
+    return projection
+
+
+def find(embeddings: Embeddings, n_neighbors: int, options: NeighborOptions, *, device: torch.device) -> Neighbors:
+    """Return the neighbors of ``embeddings``, by the cosine or re-ranked as ``options`` say."""
+    if options.rerank:
+        return rerank(embeddings, n_neighbors, k1=options.k1, k2=options.k2, device=device)
+    return find_neighbors(embeddings, n_neighbors, device=device)
+
+
+# ── cluster ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _scan(method: SCAN, given: Given) -> Found:
+    encoder, _ = load_encoder(given.pretrained)
+    method.fit(given.images, neighbors=given.neighbors("train"), encoder=encoder, device=given.device,
+               watched=Watched(*given.watched) if given.watched else None, folder=given.folder)
+    notice = (f"clusters: kept epoch {method.epoch_} of {method.n_epochs}, head {method.head_ + 1} of "
+              f"{method.n_heads} (lowest neighbor score, {method.score_:.4f})")
+    facts = {"score": method.score_, "head": method.head_, "epoch": method.epoch_, "notices": [notice]}
+    return Found(method.net_, method.views, method.probabilities_, method.history_, facts)
+
+
+def _nnm(method: NNM, given: Given) -> Found:
+    encoder, _ = load_encoder(given.pretrained)
+    method.fit(given.images, neighbors=given.neighbors("train"), encoder=encoder, device=given.device,
+               watched=given.watched, folder=given.folder)
+    notice = (f"clusters: kept epoch {method.epoch_} of {method.n_epochs}, head {method.head_ + 1} of "
+              f"{method.n_heads} (lowest label-free score, {method.score_:.4f})")
+    facts = {"score": method.score_, "head": method.head_, "epoch": method.epoch_, "notices": [notice]}
+    return Found(method.net_, method.views, method.probabilities_, method.history_, facts,
+                 epoch_labels=method.epoch_labels_)
+
+
+def _tsuc(method: TSUC, given: Given) -> Found:
+    encoder, projection = load_encoder(given.pretrained)
+    method.fit(given.images, encoder=encoder, projection=projection, device=given.device, folder=given.folder)
+    losses = ", ".join(f"{loss:.3f}" for loss in method.head_losses_)
+    notice = (f"clusters: kept epoch {method.epoch_} of {method.n_epochs}, head {method.head_ + 1} of "
+              f"{method.n_heads} (lowest assignment loss; the heads' are {losses})")
+    facts = {"score": method.score_, "head": method.head_, "epoch": method.epoch_,
+             "head_losses": [float(loss) for loss in method.head_losses_], "notices": [notice]}
+    return Found(method.net_, method.views, method.probabilities_, method.history_, facts,
+                 lambda images: method.predict_heads(images, device=given.device))
+
+
+def _kmeans(method: KMeans, given: Given, views: Views) -> Found:
+    method.fit(given.embeddings("train"))
+    encoder, projection = load_encoder(given.pretrained)
+    seen = _required(projection) if given.layer == "projection" else None
+    if seen is None and method.normalize:
+        n_features = encoder.spec.n_features
+        seen = Projection(n_features, n_features, n_layers=0)
+    net = given.device.place(ClusterNet(encoder, method.as_linear(), seen)).eval()
+    notice = f"clusters: k-means of the embeddings, the best of {method.n_init} starts by its own objective"
+    facts: dict[str, object] = {"inertia": method.inertia_, "notices": [notice]}
+    return Found(net, views, method.probabilities_, facts=facts)
+
+
+def cluster(method: Clusterer, given: Given, *, views: Views) -> Found:
+    """Fit ``method`` and return what it found; ``views`` are those of pretraining, for methods that have none."""
+    match method:
+        case SCAN():
+            return _scan(method, given)
+        case NNM():
+            return _nnm(method, given)
+        case TSUC():
+            return _tsuc(method, given)
+        case KMeans():
+            return _kmeans(method, given, views)
+
+
+CLUSTERS_FROM: Mapping[str, tuple[str, ...]] = {"SCAN": ("pretrain", "neighbors"), "NNM": ("pretrain", "neighbors"),
+                                                "TSUC": ("pretrain",), "KMeans": ("pretrain", "embed")}
+"""The stages whose results a cluster method takes: it is made anew when one of them is."""
+
+
+# ── refine ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def refine(method: Refiner, given: Given, clustered: Path) -> Found:
+    """Fit ``method`` on the network in the folder ``clustered`` and return what it found."""
+    before = Classifier.load(clustered)
+    if isinstance(method, SelfLabel):
+        method.fit(given.images, net=before.net, neighbors=given.neighbors("train"), watched=given.watched,
+                   device=given.device, folder=given.folder)
+        facts: dict[str, object] = {"kept": method.kept_, "skipped_steps": method.skipped_steps_}
+        members = None
+    else:
+        method.fit(given.images, net=before.net, embeddings=given.embeddings("train"),
+                   neighbors=given.neighbors("train"), watched=given.watched, device=given.device, folder=given.folder)
+        facts = {"temperature": method.temperature_, "clean": [int(method.initial_clean_.sum()),
+                                                               int(method.clean_.sum())]}
+        members = partial(_members, method, given.device)
+    facts |= {"scores": method.scores_, "notices": method.notices_}
+    return Found(method.net_, method.views, method.probabilities_, method.history_, facts, members)
+
+
+def _members(method: RUC, device: Device, images: ImageSet) -> np.ndarray:
+    """Return the labels of each of the two networks alone, int64 (2, n_images)."""
+    found = [forward_all(images, net, net.probabilities, method.views.plain(), device=device)[:, 0].argmax(dim=1)
+             for net in method.nets_]
+    return torch.stack(found).cpu().numpy()
+
+
+# ── what both leave ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def save_found(found: Found, splits: Splits, *, size: int, device: Device, folder: Path,
+               about: dict[str, Any]) -> None:
+    """Write classifier, records and the assignment of every split, and the labels of rival heads where there are."""
+    classifier = Classifier(found.net, found.views.plain(), size, facts=about)
+    save_records(folder / "metrics.jsonl", found.history)
+    for position, (name, images) in enumerate(splits):
+        p = found.probabilities if position == 0 else classifier.predict_proba(images, device=device)
+        save_assignment(folder, Assignment(p, images.ids), name)
+        if found.all_heads is not None:
+            write_array(folder / f"{name}.heads.npy", found.all_heads(images))
+        if found.epoch_labels is not None and found.epoch_labels.shape[1] == len(images):
+            write_array(folder / f"{name}.epochs.npy", found.epoch_labels)
+    classifier.save(folder)
+
+
+def load_rivals(folder: Path, split: str) -> dict[str, np.ndarray]:
+    """Return the labels (n, n_images) of a split by each of the rivals that a method had: its heads, its epochs."""
+    paths = {kind: folder / f"{split}.{kind}.npy" for kind in ("heads", "epochs")}
+    return {kind: read_array(path) for kind, path in paths.items() if path.exists()}

@@ -1,0 +1,540 @@
+"""Super-AND's, AND's and TSUC's files: a network of the same form, built here from plain torch, is taken over whole.
+
+The network below is written anew from the paper and the names in the files; nothing of it is phyla's.
+"""
+
+import json
+import os
+import pickle
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from phyla.errors import CorruptFileError, InputError
+from phyla.images.augment import Views
+from phyla.nets.heads import Projection
+from phyla.nets.resnet import EncoderSpec, ResNet, TwoStream
+from phyla.types import ImageSet
+from phyla.zoo import Published, PublishedEncoder, load_published
+
+WIDTH, N_OUT, N_IMAGES, N_CLUSTERS = 8, 24, 30, 7
+BLOCKS = {"resnet18": (2, 2, 2, 2), "resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
+HELD_SOBEL = {"sobel.0.weight": [1 / 3] * 3, "sobel.0.bias": [0.0], "sobel.1.bias": [0.0, 0.0],
+              "sobel.1.weight": [1.0, 0.0, -1.0, 2.0, 0.0, -2.0, 1.0, 0.0, -1.0,
+                                 1.0, 2.0, 1.0, 0.0, 0.0, 0.0, -1.0, -2.0, -1.0]}
+State = dict[str, Tensor]
+File = dict[str, object]
+
+
+class Block(nn.Module):
+    """Convolutions of the given sizes, each with BatchNorm, and a shortcut; the names are those in the files."""
+
+    def __init__(self, n_in: int, channels: list[int], kernels: list[int], stride: int) -> None:
+        super().__init__()
+        self.depth = len(channels)
+        strided, before = kernels.index(3), n_in
+        for i, (n, kernel) in enumerate(zip(channels, kernels, strict=True)):
+            step = stride if i == strided else 1
+            self.add_module(f"conv{i + 1}", nn.Conv2d(before, n, kernel, step, kernel // 2, bias=False))
+            self.add_module(f"bn{i + 1}", nn.BatchNorm2d(n))
+            before = n
+        changes = stride > 1 or n_in != before
+        self.shortcut = nn.Sequential(*([nn.Conv2d(n_in, before, 1, stride, bias=False), nn.BatchNorm2d(before)]
+                                        if changes else []))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = x
+        for i in range(1, self.depth + 1):
+            out = getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(out))
+            out = F.relu(out) if i < self.depth else out
+        return F.relu(out + self.shortcut(x))
+
+
+class Paper(nn.Module):
+    """The network of the paper at 32 pixels: one stream or two, then a linear layer and rows of length 1."""
+
+    def __init__(self, depth: str, width: int, n_out: int, *, two: bool) -> None:
+        super().__init__()
+        self.streams = ["", "_sobel"] if two else [""]
+        for suffix in self.streams:
+            self.add_module(f"conv1{suffix}", nn.Conv2d(2 if suffix else 3, width, 3, 1, 1, bias=False))
+            self.add_module(f"bn1{suffix}", nn.BatchNorm2d(width))
+            n_in = width
+            for stage, n in enumerate(BLOCKS[depth]):
+                w, blocks = width << stage, []
+                for i in range(n):
+                    form = ([w, w], [3, 3]) if depth == "resnet18" else ([w, w, 4 * w], [1, 3, 1])
+                    blocks.append(Block(n_in, *form, stride=2 if stage and not i else 1))
+                    n_in = form[0][-1]
+                self.add_module(f"layer{stage + 1}{suffix}", nn.Sequential(*blocks))
+        if two:
+            self.sobel = nn.Sequential(nn.Conv2d(3, 1, 1), nn.Conv2d(1, 2, 3, padding=1))
+            for name, value in self.sobel.state_dict().items():
+                value.copy_(torch.tensor(HELD_SOBEL[f"sobel.{name}"]).reshape(value.shape))
+        self.linear = nn.Linear(n_in * len(self.streams), n_out)
+
+    def features(self, x: Tensor) -> Tensor:
+        rows = []
+        for suffix in self.streams:
+            out = F.relu(getattr(self, f"bn1{suffix}")(getattr(self, f"conv1{suffix}")(self.sobel(x) if suffix else x)))
+            for stage in range(1, 5):
+                out = getattr(self, f"layer{stage}{suffix}")(out)
+            rows.append(F.avg_pool2d(out, 4).flatten(1))
+        return torch.cat(rows, dim=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.linear(self.features(x))
+        return out / out.norm(dim=1, keepdim=True)
+
+
+def paper(depth: str = "resnet18", *, two: bool = True) -> Paper:
+    """A network whose every number differs from a fresh one, BatchNorm's included."""
+    source = torch.Generator().manual_seed(1)
+    with torch.random.fork_rng():
+        net = Paper(depth, WIDTH if depth == "resnet18" else 2, N_OUT, two=two)
+    for name, value in net.state_dict().items():
+        if name.endswith("num_batches_tracked"):
+            value.fill_(7)
+        elif value.ndim == 1 and not name.startswith("sobel."):
+            value.copy_(0.5 + 0.2 * torch.rand(value.shape, generator=source))
+        elif value.ndim == 4 and not name.startswith("sobel."):
+            value.copy_(torch.randn(value.shape, generator=source) * (2 / value[0].numel()) ** 0.5)
+    return net.eval()
+
+
+def stage_1(net: Paper, **changes: object) -> File:
+    source = torch.Generator().manual_seed(2)
+    npc = {"params": torch.tensor([0.1, 0.5]), "memory": F.normalize(torch.randn(N_IMAGES, N_OUT, generator=source))}
+    anchors = {"samples_num": torch.tensor(N_IMAGES), "anchor_indexes": torch.arange(7), "instance_indexes":
+               torch.arange(7, N_IMAGES), "position": torch.arange(N_IMAGES), "neighbours": torch.zeros(7, 1).long(),
+               "entropy": torch.rand(N_IMAGES, generator=source), "consistency": torch.tensor(0.874)}
+    return {"net": net.state_dict(), "npc": npc, "ANs_discovery": anchors, "acc": 0.8924, "round": 4,
+            "epoch": 173} | changes
+
+
+def stage_2(net: Paper, **changes: object) -> File:
+    source = torch.Generator().manual_seed(3)
+    fc = {f"heads.{h}.weight": torch.randn(N_OUT, N_CLUSTERS, generator=source) for h in range(5)}
+    return {"net": net.state_dict(), "fc": fc, "acc_list": [64.87, 72.31, 60.81, 80.98, 79.97]} | changes
+
+
+def changed(held: File, part: str, **tensors: Tensor | None) -> File:
+    """The file with tensors of one part put in (names have ``__`` for dots) or, where None, taken out."""
+    new = {name.replace("__", "."): value for name, value in tensors.items()}
+    state = held[part] | new
+    return held | {part: {name: value for name, value in state.items() if value is not None}}
+
+
+def parallel(held: File) -> File:
+    return held | {part: {f"module.{name}": value for name, value in held[part].items()} for part in ("net", "fc")
+                   if part in held}
+
+
+def write(path: Path, held: object, *, legacy: bool = False) -> Path:
+    torch.save(held, path, _use_new_zipfile_serialization=not legacy)
+    return path
+
+
+def views(n: int = 3) -> Tensor:
+    return torch.randn(n, 3, 32, 32, generator=torch.Generator().manual_seed(4))
+
+
+def same_network(found: Published, net: Paper) -> None:
+    """Features and embeddings agree with the network that the file was made of, to 1e-5 of their size."""
+    x = views()
+    with torch.no_grad():
+        features, rows = net.features(x), net(x)
+        assert features.std() > 1e-3 and (rows[0] - rows[1]).abs().max() > 1e-3
+        assert torch.allclose(found.encoder(x), features, rtol=1e-5, atol=1e-5 * features.abs().max().item())
+        assert torch.allclose(found.projection(found.encoder(x)), rows, rtol=0, atol=1e-5)
+
+
+def head_logits(net: Paper, weight: Tensor) -> Tensor:
+    """Each feature's weights over the classes are divided by their length, in a loop, and the result by 0.1."""
+    with torch.no_grad():
+        rows = net(views())
+    normed = torch.stack([row / sum(float(w) ** 2 for w in row) ** 0.5 for row in weight])
+    return rows @ normed / 0.1
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "ckpt.t7"
+
+
+def refusal(path: Path, held: object) -> str:
+    """The one line by which a file is refused."""
+    with pytest.raises((InputError, CorruptFileError)) as caught:
+        load_published(write(path, held))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+    return str(caught.value)
+
+
+# ---- stage 1: encoder, projection, memory ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("in_parallel", [True, False])
+@pytest.mark.parametrize("legacy", [True, False])
+def test_a_superand_file_gives_encoder_projection_and_memory(file: Path, in_parallel: bool, legacy: bool) -> None:
+    net = paper()
+    held = stage_1(net)
+    found = load_published(write(file, parallel(held) if in_parallel else held, legacy=legacy))
+
+    assert (found.kind, found.heads, found.head) == ("superand", None, None)
+    assert found.encoder.spec == EncoderSpec("resnet18", "cifar", WIDTH, "rgb_sobel")
+    assert found.projection.spec() == {"n_features": 128, "n_out": N_OUT, "n_layers": 1}
+    same_network(found, net)
+    assert found.memory.dtype == np.float32
+    np.testing.assert_array_equal(found.memory, held["npc"]["memory"].numpy())
+    assert found.facts == {"n_features": 128, "n_projection": N_OUT, "n_heads": 0, "n_clusters": 0,
+                           "n_memory": N_IMAGES, "notes": ["left out of the file: ANs_discovery"],
+                           "reported": {"acc": 0.8924, "round": 4, "epoch": 173}}
+    assert not found.encoder.training and not found.projection.training
+    assert all(value.device.type == "cpu" for value in (*found.encoder.state_dict().values(), found.encoder.filters))
+    assert all(parameter.requires_grad for parameter in found.encoder.parameters())
+    with pytest.raises(InputError, match="no cluster heads"):
+        found.net()
+
+
+def test_what_the_file_reports_is_plain_numbers_also_where_it_holds_tensors(file: Path) -> None:
+    held = stage_1(paper(), acc=torch.tensor(0.5), round=np.int64(3), epoch=None)
+    found = load_published(write(file, held))
+    assert found.facts["reported"] == {"acc": 0.5, "round": 3, "epoch": "None"}
+    assert json.loads(json.dumps(found.facts)) == found.facts
+
+
+@pytest.mark.parametrize("depth", ["resnet50", "resnet101"])
+@pytest.mark.parametrize("two", [True, False])
+def test_bottlenecks_are_taken_over_under_the_names_of_these_files(file: Path, depth: str, two: bool) -> None:
+    net = paper(depth, two=two)
+    assert "layer1.0.shortcut.0.weight" in net.state_dict()
+    found = load_published(write(file, parallel(stage_1(net)), legacy=True))
+    assert found.encoder.spec == EncoderSpec(depth, "cifar", 2, "rgb_sobel" if two else "rgb")
+    assert found.facts["n_features"] == (128 if two else 64)
+    same_network(found, net)
+
+
+def test_an_and_file_has_one_stream_and_what_its_training_needs_is_left_out(file: Path) -> None:
+    net = paper(two=False)
+    held = stage_1(net, session="20190321-101500", optimizer={
+        "state": {0: {"momentum_buffer": torch.ones(3)}}, "param_groups": [{"lr": 0.03, "params": [0]}]})
+    found = load_published(write(file, parallel(held), legacy=True))
+    assert (found.kind, type(found.encoder)) == ("superand", ResNet)
+    assert found.encoder.spec == EncoderSpec("resnet18", "cifar", WIDTH)
+    assert found.facts["notes"] == ["left out of the file: ANs_discovery, session, optimizer"]
+    assert found.memory.shape == (N_IMAGES, N_OUT)
+    same_network(found, net)
+
+
+class Python2Pickler(pickle._Pickler):
+    """Writes text as Python 2 wrote it, in bytes: AND asks for 2.7."""
+
+    def save_text(self, value: str) -> None:
+        data = value.encode()
+        self.write(pickle.SHORT_BINSTRING + bytes([len(data)]) + data)
+        self.memoize(value)
+
+    dispatch = pickle._Pickler.dispatch | {str: save_text}
+
+
+def test_a_file_written_under_python_2_is_read(file: Path) -> None:
+    net = paper(two=False)
+    module = types.ModuleType("pickle_2")
+    module.Pickler, module.dump = Python2Pickler, pickle.dump
+    torch.save(parallel(stage_1(net, session="one")), file, pickle_module=module, pickle_protocol=2,
+               _use_new_zipfile_serialization=False)
+    assert b"U\x18module.layer1.0.bn1.bias" in file.read_bytes()
+    same_network(load_published(file), net)
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_a_file_written_on_a_gpu_is_read_without_one(file: Path, monkeypatch: pytest.MonkeyPatch, legacy: bool
+                                                      ) -> None:
+    net = paper()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda _: "cuda:0")
+        write(file, stage_1(net), legacy=legacy)
+    assert b"cuda:0" in file.read_bytes()
+    same_network(load_published(file), net)
+
+
+def test_a_published_network_has_246_entries_and_22_million_parameters(file: Path) -> None:
+    with torch.device("meta"):
+        net = Paper("resnet18", 64, 128, two=True)
+    state = {f"module.{name}": torch.zeros((), dtype=value.dtype).expand(value.shape)  # a storage of one number
+             for name, value in net.state_dict().items()}
+    state |= {f"module.{name}": torch.tensor(value).reshape(net.state_dict()[name].shape)
+              for name, value in HELD_SOBEL.items()}
+    assert len(state) == 246
+    npc = {"params": torch.tensor([0.1, 0.5]), "memory": torch.zeros(()).expand(50_000, 128)}
+    found = load_published(write(file, {"net": state, "npc": npc, "acc": 0.0, "round": 0, "epoch": 0}, legacy=True))
+    parts = (found.encoder, found.projection)
+    assert sum(parameter.numel() for part in parts for parameter in part.parameters()) == 22_468_288
+    assert sum(len(part.state_dict()) for part in parts) == 242
+    assert sum(value.numel() for name, value in found.encoder.named_buffers() if name != "filters") == 19_240
+    assert found.memory.shape == (50_000, 128) and found.encoder.spec.n_features == 1024
+
+
+def test_loading_leaves_the_global_generator_alone(file: Path) -> None:
+    write(file, stage_2(paper()))
+    before = torch.get_rng_state()
+    load_published(file)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# ---- stage 2: heads -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("in_parallel", [True, False])
+@pytest.mark.parametrize("legacy", [True, False])
+def test_a_tsuc_file_gives_five_heads_on_the_projection(file: Path, in_parallel: bool, legacy: bool) -> None:
+    net = paper()
+    held = stage_2(net)
+    found = load_published(write(file, parallel(held) if in_parallel else held, legacy=legacy))
+
+    assert (found.kind, found.head, found.memory) == ("tsuc", None, None)
+    assert found.facts == {"n_features": 128, "n_projection": N_OUT, "n_heads": 5, "n_clusters": N_CLUSTERS,
+                           "n_memory": 0, "notes": [],
+                           "reported": {"acc_list": [64.87, 72.31, 60.81, 80.98, 79.97]}}
+    same_network(found, net)
+    for head in range(5):
+        wanted = head_logits(net, held["fc"][f"heads.{head}.weight"])
+        chosen = found.net(head=head)
+        with torch.no_grad():
+            assert torch.allclose(chosen(views())[0], wanted, rtol=1e-5, atol=1e-5 * wanted.abs().max().item())
+            assert torch.allclose(chosen.probabilities(views())[:, 0], wanted.softmax(dim=1), rtol=0, atol=1e-5)
+    assert chosen.projection is found.projection and not chosen.training
+
+
+@pytest.mark.parametrize("acc_list", [[1.0, 2.0, 3.0, 4.0, 99.0], [99.0, 1.0, 1.0, 1.0, 1.0], None])
+def test_no_head_is_chosen_by_what_was_measured_with_labels(file: Path, acc_list: list[float] | None) -> None:
+    found = load_published(write(file, stage_2(paper(), acc_list=acc_list)))
+    assert found.head is None
+    with pytest.raises(InputError, match=r"has 5 heads and does not name the best.*choose one of 0, 1, 2, 3, 4"):
+        found.net()
+    with pytest.raises(InputError, match=r"there is no head 5.*0 to 4"):
+        found.net(head=5)
+
+
+def test_a_tsuc_file_may_hold_its_memory_too(file: Path) -> None:
+    net = paper()
+    found = load_published(write(file, stage_1(net) | stage_2(net)))
+    assert found.kind == "tsuc" and found.memory.shape == (N_IMAGES, N_OUT)
+
+
+# ---- the stem and the place of a pretext method ---------------------------------------------------------------------
+
+
+def test_these_files_have_one_stem(file: Path) -> None:
+    write(file, stage_1(paper()))
+    assert load_published(file, stem="cifar").encoder.spec == load_published(file).encoder.spec
+    for stem in ("stl", "imagenet"):
+        with pytest.raises(InputError, match=rf"stem={stem} does not fit .* without a max-pool.*allowed: cifar$"):
+            load_published(file, stem=stem)
+
+
+@pytest.mark.parametrize("stage", [stage_1, stage_2])
+def test_the_published_encoder_stands_in_for_a_trained_one(file: Path, stage: object) -> None:
+    net = paper()
+    write(file, stage(net))
+    method = PublishedEncoder(path=str(file), stem="cifar", views=Views("simclr", 32)).fit()
+    assert isinstance(method.encoder_, TwoStream) and isinstance(method.projection_, Projection)
+    assert method.facts_["kind"] == ("superand" if stage is stage_1 else "tsuc")
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+    rows = torch.from_numpy(method.transform(ImageSet(pixels, ["a", "b", "c"])))
+    x = Views("plain", 32)(torch.from_numpy(pixels), torch.Generator())
+    with torch.no_grad():
+        assert torch.allclose(rows, net.features(x), rtol=1e-4, atol=1e-5)
+        assert torch.allclose(method.projection_(rows), net(x), rtol=0, atol=1e-5)
+
+
+def test_other_sizes_are_pooled_over_the_whole_map(file: Path) -> None:
+    found = load_published(write(file, stage_1(paper())))
+    with torch.no_grad():
+        assert found.encoder(torch.randn(2, 3, 96, 96)).shape == (2, 128)
+
+
+# ---- files that are not whole ---------------------------------------------------------------------------------------
+
+
+def names(*, two: bool) -> Iterator[str]:
+    return iter(list(paper(two=two).state_dict())[::19])
+
+
+@pytest.mark.parametrize("two", [True, False])
+def test_every_entry_of_the_network_is_required(file: Path, two: bool) -> None:
+    net = paper(two=two)
+    for name in names(two=two):
+        held = changed(stage_1(net), "net", **{name.replace(".", "__"): None})
+        assert f"1 missing ({name})" in refusal(file, held)
+
+
+@pytest.mark.parametrize(("entry", "value", "told"), [
+    ("linear.weight", None, "projection of 128 features: 1 missing (linear.weight)"),
+    ("linear.weight", torch.ones(N_OUT, 64), f"linear.weight ({N_OUT}, 64) instead of ({N_OUT}, 128)"),
+    ("linear.bias", torch.tensor(1.0), "misshapen"),
+    ("linear2.weight", torch.ones(2, 2), "1 unexpected (linear2.weight)"),
+    ("sobel.2.weight", torch.ones(2, 2), "Sobel front end: 1 unexpected (sobel.2.weight)"),
+    ("conv1_sobel.weight", torch.ones(WIDTH, 3, 3, 3), f"conv1_sobel.weight ({WIDTH}, 3, 3, 3) instead of"),
+    ("conv1.weight", torch.ones(WIDTH, 3), "1 missing (conv1.weight)"),
+    ("conv1.weight", torch.ones(WIDTH, 3, 7, 7), "1 misshapen (conv1.weight"),
+    ("bn1_sobel.weight", torch.ones(5), f"bn1_sobel.weight (5,) instead of ({WIDTH},)"),
+    ("layer5.0.conv1.weight", torch.ones(5), "1 unexpected (layer5.0.conv1.weight)"),
+    ("layer2_sobel.0.downsample.0.weight", torch.ones(5), "1 unexpected (layer2_sobel.0.downsample.0.weight)"),
+    ("bn1.running_var", torch.full((WIDTH,), torch.nan), "not finite in bn1.running_var"),
+    ("linear.bias", torch.full((N_OUT,), torch.inf), "not finite in linear.bias"),
+    ("note", "hello", "holds no networks but module.note"),
+])
+def test_a_flaw_of_the_network_is_told_by_its_name_in_the_file(file: Path, entry: str, value: Tensor | None, told: str
+                                                               ) -> None:
+    assert told in refusal(file, parallel(changed(stage_1(paper()), "net", **{entry.replace(".", "__"): value})))
+
+
+def test_a_stream_too_many_or_too_few_is_told(file: Path) -> None:
+    two, one = stage_1(paper()), stage_1(paper(two=False))
+    one_more = changed(one, "net", **{name.replace(".", "__"): torch.tensor(value).reshape(two["net"][name].shape)
+                                      for name, value in HELD_SOBEL.items()})
+    assert "120 missing (conv1_sobel.weight" in refusal(file, one_more)
+    half = {name: value for name, value in two["net"].items() if "_sobel" not in name}
+    assert "120 missing (conv1_sobel.weight, bn1_sobel.weight" in refusal(file, two | {"net": half})
+    bare = {name: value for name, value in two["net"].items() if not name.startswith("sobel.")}
+    assert "Sobel front end: 4 missing (sobel.0.weight" in refusal(file, two | {"net": bare})
+
+
+@pytest.mark.parametrize(("entry", "value"), [
+    ("sobel.0.weight", [0.299, 0.587, 0.114]), ("sobel.0.bias", [0.1]), ("sobel.1.bias", [0.0, 1e-3]),
+    ("sobel.1.weight", HELD_SOBEL["sobel.1.weight"][9:] + HELD_SOBEL["sobel.1.weight"][:9]),
+    ("sobel.1.weight", [-value for value in HELD_SOBEL["sobel.1.weight"]]),
+    ("sobel.1.weight", [value / 8 for value in HELD_SOBEL["sobel.1.weight"]])])
+def test_other_filters_are_refused(file: Path, entry: str, value: list[float]) -> None:
+    net = paper()
+    shape = net.state_dict()[entry].shape
+    held = changed(stage_1(net), "net", **{entry.replace(".", "__"): torch.tensor(value).reshape(shape)})
+    assert f"has other Sobel filters than Super-AND's: {entry} is" in refusal(file, held)
+
+
+@pytest.mark.parametrize(("changes", "told"), [
+    ({"memory": None}, "memory of 1 images: 1 missing (npc.memory)"),
+    ({"params": None}, "1 missing (npc.params)"),
+    ({"labels": torch.ones(3)}, "1 unexpected (npc.labels)"),
+    ({"memory": torch.ones(N_IMAGES, 64)}, f"npc.memory ({N_IMAGES}, 64) instead of ({N_IMAGES}, {N_OUT})"),
+    ({"memory": torch.ones(N_OUT)}, f"npc.memory ({N_OUT},) instead of (1, {N_OUT})"),
+    ({"params": torch.ones(3)}, "npc.params (3,) instead of (2,)"),
+    ({"memory": torch.full((N_IMAGES, N_OUT), torch.nan)}, "not finite in npc.memory"),
+    ({"memory": [1.0, 2.0]}, "holds no networks but memory")])
+def test_a_flaw_of_the_memory_is_told(file: Path, changes: dict[str, Tensor | None], told: str) -> None:
+    assert told in refusal(file, changed(stage_1(paper()), "npc", **changes))
+
+
+@pytest.mark.parametrize(("changes", "told"), [
+    ({"heads__4__weight": None}, "(5 of 7): 1 missing (fc.heads.4.weight)"),
+    ({"heads__0__weight": None}, "1 missing (fc.heads.0.weight)"),
+    ({"heads__5__weight": torch.ones(N_OUT, N_CLUSTERS)}, "1 unexpected (fc.heads.5.weight)"),
+    ({"heads__0__bias": torch.ones(N_CLUSTERS)}, "1 unexpected (fc.heads.0.bias)"),
+    ({"heads__2__weight": torch.ones(N_OUT, 11)}, f"fc.heads.2.weight ({N_OUT}, 11) instead of ({N_OUT}, 7)"),
+    ({"heads__2__weight": torch.ones(64, N_CLUSTERS)}, "1 misshapen (fc.heads.2.weight"),
+    ({"heads__0__weight": torch.ones(N_OUT)}, f"fc.heads.0.weight ({N_OUT},) instead of ({N_OUT}, 1)"),
+    ({"heads__3__weight": torch.full((N_OUT, N_CLUSTERS), torch.inf)}, "not finite in fc.heads.3.weight")])
+def test_a_flaw_of_the_heads_is_told(file: Path, changes: dict[str, Tensor | None], told: str) -> None:
+    assert told in refusal(file, parallel(changed(stage_2(paper()), "fc", **changes)))
+
+
+@pytest.mark.parametrize("held", [{"net": {}, "npc": {}}, {"net": {"a": torch.ones(1)}, "npc": {}, "fc": {}}])
+def test_empty_parts_are_refused(file: Path, held: File) -> None:
+    assert "give a checkpoint of SCAN" in refusal(file, held)
+
+
+def test_a_network_of_the_same_form_for_other_ends_is_refused(file: Path) -> None:
+    supervised = {"net": paper(two=False).state_dict(), "acc": 95.0, "epoch": 200}
+    assert "holds net, and neither npc (Super-AND, AND) nor fc (TSUC)" in refusal(file, supervised)
+
+
+# ---- files that are damaged or hostile ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.999])
+def test_a_truncated_file_is_damaged(file: Path, legacy: bool, share: float) -> None:
+    data = write(file, stage_1(paper()), legacy=legacy).read_bytes()
+    file.write_bytes(data[: int(share * len(data))])
+    with pytest.raises(CorruptFileError, match=r"^[^\n]*cannot be read [^\n]*hint: fetch the file again$"):
+        load_published(file)
+
+
+class Hostile:
+    """Makes a folder when a careless reader loads it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+@pytest.mark.parametrize("part", ["acc", "ANs_discovery", "npc", "net"])
+def test_code_in_a_file_is_refused_and_not_run(file: Path, tmp_path: Path, part: str, legacy: bool) -> None:
+    marker = tmp_path / "made by the file"
+    held = stage_1(paper())
+    hostile = Hostile(marker)
+    write(file, held | {part: {**held[part], "more": hostile} if isinstance(held[part], dict) else hostile},
+          legacy=legacy)
+    with pytest.raises(InputError, match=r"names (posix|nt)\.mkdir, which is code and not weights"):
+        load_published(file)
+    assert not marker.exists()
+
+
+# ---- the command line -----------------------------------------------------------------------------------------------
+
+
+def test_a_superand_file_becomes_an_encoder_with_its_memory(file: Path, tmp_path: Path) -> None:
+    from commands import call
+    from phyla.rundir import load_encoder
+
+    net = paper()
+    held = stage_1(net)
+    said = call("import", write(file, parallel(held), legacy=True), "--out", tmp_path / "mine", "--json")
+    assert said.code == 0, said.err
+    told = json.loads(said.out)
+    assert told["kind"] == "superand" and told["encoder"]["streams"] == "rgb_sobel"
+    np.testing.assert_array_equal(np.load(told["memory"]), held["npc"]["memory"].numpy())
+    encoder, projection = load_encoder(tmp_path / "mine")
+    with torch.no_grad():
+        assert torch.allclose(projection(encoder(views())), net(views()), rtol=0, atol=1e-5)
+    said = call("import", file, "--out", tmp_path / "none", "--head", "1")
+    assert said.code == 2 and "has no cluster heads" in said.err and not (tmp_path / "none").exists()
+
+
+def test_a_tsuc_file_becomes_a_classifier_with_the_head_that_is_named(file: Path, tmp_path: Path) -> None:
+    from commands import call
+    from phyla.classifier import Classifier
+
+    net = paper()
+    held = stage_2(net)
+    write(file, held)
+    said = call("import", file, "--out", tmp_path / "mine")
+    assert said.code == 2 and "choose one of 0, 1, 2, 3, 4" in said.err and not (tmp_path / "mine").exists()
+    said = call("import", file, "--out", tmp_path / "mine", "--head", "3")
+    assert said.code == 0 and "head: 3" in said.out
+    classifier = Classifier.load(tmp_path / "mine")
+    wanted = head_logits(net, held["fc"]["heads.3.weight"]).softmax(dim=1)
+    with torch.no_grad():
+        assert torch.allclose(classifier.net.probabilities(views())[:, 0], wanted, rtol=0, atol=1e-5)
+    assert classifier.facts["head"] == 3
+    assert (classifier.views.mean, classifier.views.std) == ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+
+
+def test_a_tsuc_file_of_twenty_clusters_is_of_cifar_100(file: Path, tmp_path: Path) -> None:
+    from phyla.classifier import Classifier
+    from phyla.prediction import import_checkpoint
+
+    fc = {f"heads.{h}.weight": torch.randn(N_OUT, 20, generator=torch.Generator().manual_seed(h)) for h in range(5)}
+    import_checkpoint(write(file, stage_2(paper(), fc=fc)), tmp_path / "mine", None, head=0)
+    views_ = Classifier.load(tmp_path / "mine").views
+    assert (views_.mean, views_.std) == ((0.5071, 0.4866, 0.4409), (0.2009, 0.1984, 0.2023))
