@@ -21,7 +21,7 @@ from phyla.cluster.nnm import NNM
 from phyla.cluster.scan import SCAN
 from phyla.embed import embed
 from phyla.errors import InputError
-from phyla.evaluate.robustness import robustness_report, save_robustness
+from phyla.evaluate.robustness import load_robustness, robustness_report, save_robustness
 from phyla.evaluate.scorecard import Bank, Split, fill_scorecard
 from phyla.evaluate.truth import Truth, true_labels
 from phyla.images.catalog import data_set_name
@@ -236,19 +236,21 @@ class Runner:
         found = {title: self.assignment(stage, split) for stage, title in self._results().items()}
         truth = self.truth(split)
         curves = robustness_report(classifiers, images, truth.labels if truth else None, preset=options.attack,
-                                   assignments=found, n_images=options.attack_images, seed=options.random_state,
-                                   device=self.device)
+                                   assignments=found, n_images=options.attack_images, split=self._split_name(split),
+                                   seed=options.random_state, device=self.device)
         save_robustness(folder / ROBUSTNESS, curves)
 
     def _report(self) -> None:
         def make(folder: Path) -> dict[str, object]:
-            truth = self.truth("train")
+            truth, attacked = self.truth("train"), self._folder("evaluate") / ROBUSTNESS
             build_report(ReportInput(
                 title=f"{self.train.name}: {self.pipeline.cluster.n_clusters} clusters", images=self.train,
                 assignment=self.assignment(self._last), embeddings=self.embeddings("train").values,
                 neighbors=self.neighbors("train"), curves=self._curves(), scores=self.scores,
                 truth=(truth.labels, truth.names) if truth else None, run=self._told(),
-                skipped=self.loaded("train").skipped, notices=self._all_notices()), folder)
+                skipped=self.loaded("train").skipped, notices=self._all_notices(),
+                results={title: self.assignment(stage) for stage, title in self._results().items()},
+                robustness=load_robustness(attacked) if attacked.exists() else ()), folder)
             return {}
 
         truth = self.truth("train")

@@ -134,6 +134,19 @@ def test_many_steps_stay_in_the_ball_and_the_range(noise):
                                 noise=from_there), start)
 
 
+def test_it_starts_where_the_noise_says():
+    net, start = linear_net(), torch.full((2, 3, SIDE, SIDE), 0.5)
+    noise = torch.linspace(-1, 1, start.numel()).reshape(start.shape)
+    found = attacked(lambda x: net(x)[0], start, torch.tensor([0, 1]), epsilon=0.1, step=0.0, n_steps=1, noise=noise)
+    np.testing.assert_allclose(found, start + 0.1 * noise, atol=1e-7)
+
+
+def test_sizes_of_steps():
+    assert [(Attack(method).steps, Attack(method).share) for method in ("fgsm", "bim", "pgd")] == [
+        (1, 1), (10, 0.25), (10, 0.25)]
+    assert (Attack("bim", n_steps=3, step_share=1.0).steps, Attack("bim", n_steps=3, step_share=1.0).share) == (3, 1)
+
+
 def test_more_steps_find_more():
     """Against a curved boundary one step of epsilon misses what several find: the loss of the target grows."""
     net, images = deep_net().eval(), noise_images(16)
@@ -149,13 +162,13 @@ def test_more_steps_find_more():
 # ── spaces ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def seen_by(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Tensor, torch.Tensor, float]]:
-    """Return a list that fills with (start, changed, epsilon) of every attack."""
+def seen_by(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Return a list that fills with (start, changed, clusters) of every attack."""
     seen = []
 
     def spy(logits, start, clusters, *, epsilon, **options):
         changed = attacked(logits, start, clusters, epsilon=epsilon, **options)
-        seen.append((start, changed, epsilon))
+        seen.append((start, changed, clusters))
         return changed
 
     monkeypatch.setattr(robustness, "attacked", spy)
@@ -232,9 +245,18 @@ def test_images_of_unknown_class_are_attacked_and_not_counted_as_right_or_wrong(
     assert 0 < found.unchanged[1] < 1
 
 
+def test_each_image_is_attacked_at_its_target(monkeypatch):
+    seen, images, net = seen_by(monkeypatch), noise_images(), linear_net()
+    clean = net(torch.from_numpy((pixel_values(images) - MEAN) / STD).float())[0].argmax(dim=1).numpy()
+    true = np.where(np.arange(24) < 8, 0, np.where(np.arange(24) < 16, 7, -1))  # matched, without a cluster, unknown
+    for target in ("true", "predicted"):
+        curve_of(net, images, true, epsilons=(0.1,), mapping=np.array([2, 1, 0]), attack={"target": target})
+    assert seen[0][2].tolist() == [*[2] * 8, *clean[8:]]
+    assert seen[1][2].tolist() == clean.tolist()
+
+
 def test_a_class_without_a_cluster_is_wrong_before_and_after():
-    images = noise_images()
-    found = curve_of(linear_net(), images, np.full(24, 7), mapping=np.array([0, 1, 2]))
+    found = curve_of(linear_net(), noise_images(), np.full(24, 7), mapping=np.array([0, 1, 2]))
     assert found.correct == (0, 0, 0)
     assert found.unchanged[-1] < 1  # all the same its prediction is attacked
 
@@ -355,7 +377,9 @@ def test_report_without_labels_attacks_predictions():
 
 def test_curves_are_read_as_they_were_written(tmp_path):
     images, true = noise_images(), np.arange(24) % 3
-    curves = [*robustness_report(classifiers(), images, true), *robustness_report(classifiers(), images, None)]
+    curves = [*robustness_report(classifiers(), images, true, split="test"),
+              *robustness_report(classifiers(), images, None)]
+    assert [curve.split for curve in curves] == ["test", "test", "", ""]
     save_robustness(tmp_path / "robustness.json", curves)
     assert load_robustness(tmp_path / "robustness.json") == curves
     (tmp_path / "other.json").write_text('{"curves": [{"title": "one"}]}', encoding="utf-8")

@@ -134,7 +134,7 @@ def before_and_after(data):
     """Two results, the first surer than the one that the page shows, and their curves under two attacks."""
     p = data.assignment.probabilities.astype(np.float64) ** 3
     surer = Assignment((p / p.sum(axis=1, keepdims=True)).astype(np.float32), data.images.ids)
-    curves = [RobustnessCurve(title, attack, (0.0, 4 / 255, 8 / 255), (1.0, 0.8, low), (0.9, 0.7, low), 20, 20)
+    curves = [RobustnessCurve(title, attack, (0.0, 4 / 255, 8 / 255), (1.0, 0.8, low), (0.9, 0.7, low), 20, 20, "test")
               for attack in (Attack("pgd"), Attack("fgsm")) for title, low in (("SCAN", 0.3), ("SCAN + RUC", 0.6))]
     return replace(data, results={"SCAN": surer, "SCAN + RUC": data.assignment}, robustness=curves)
 
@@ -156,7 +156,7 @@ def test_results_stand_side_by_side_and_under_attack(make_run, tmp_path):
     assert "promises too little" in honest.text.lower()
     assert sum(tag == "polyline" for tag, _ in honest.tags) == 2
     assert sum(tag == "polyline" for tag, _ in attacked.tags) == 4
-    assert "20 images were attacked" in attacked.text
+    assert "20 images of the split “test” were attacked" in attacked.text
     assert "PGD, 10 steps of epsilon / 4" in attacked.text
     assert "8/255" in attacked.text
     for name in ("reliability", "risk_coverage", "robustness"):

@@ -110,6 +110,7 @@ class RobustnessCurve:
     unchanged : share of images whose prediction is that for the clean image
     correct : share of images of known class in the cluster matched with it on clean images; None without labels
     n_images, n_known : that were attacked, and of these of known class
+    split : which images they are; empty where there is but one split
     """
 
     title: str
@@ -119,6 +120,7 @@ class RobustnessCurve:
     correct: tuple[float, ...] | None
     n_images: int
     n_known: int
+    split: str = ""
 
     @property
     def drop(self) -> tuple[float, ...] | None:
@@ -228,7 +230,8 @@ def attack_curve(net: ClusterNet, views: Views, images: ImageSet, true: np.ndarr
 
 def robustness_report(classifiers: Mapping[str, Classifier], images: ImageSet, true: np.ndarray | None, *,
                       preset: str = "sane", assignments: Mapping[str, Assignment] | None = None, n_images: int = 1000,
-                      seed: int = 0, device: Device | None = None, batch_size: int = 128) -> list[RobustnessCurve]:
+                      split: str = "", seed: int = 0, device: Device | None = None,
+                      batch_size: int = 128) -> list[RobustnessCurve]:
     """Return a curve for every attack of a preset and every classifier, attack by attack.
 
     Parameters
@@ -238,6 +241,7 @@ def robustness_report(classifiers: Mapping[str, Classifier], images: ImageSet, t
     preset : a name in ``PRESETS``
     assignments : of the whole split, by title, to match clusters with classes; what is missing is predicted
     n_images : attacked at most, the same for all: spread evenly over the images of known class, if any is known
+    split : what the images are called, for the report
     """
     if preset not in PRESETS:
         raise InputError(f"there is no preset {preset!r}", nearest(preset, list(PRESETS)))
@@ -254,9 +258,10 @@ def robustness_report(classifiers: Mapping[str, Classifier], images: ImageSet, t
     for attack, epsilons in PRESETS[preset]:
         used = attack if some is not None else replace(attack, target="predicted")
         for title, classifier in classifiers.items():
-            curves.append(attack_curve(classifier.net, classifier.views, chosen, chosen_true, attack=used,
-                                       epsilons=epsilons, mapping=mappings.get(title), title=title, seed=seed,
-                                       device=device, batch_size=batch_size))
+            curve = attack_curve(classifier.net, classifier.views, chosen, chosen_true, attack=used, epsilons=epsilons,
+                                 mapping=mappings.get(title), title=title, seed=seed, device=device,
+                                 batch_size=batch_size)
+            curves.append(replace(curve, split=split))
     return curves
 
 
@@ -277,7 +282,7 @@ def load_robustness(path: Path | str) -> list[RobustnessCurve]:
 def _curve(held: Mapping[str, Any]) -> RobustnessCurve:
     correct = None if held["correct"] is None else tuple(held["correct"])
     return RobustnessCurve(held["title"], Attack(**held["attack"]), tuple(held["epsilons"]), tuple(held["unchanged"]),
-                           correct, held["n_images"], held["n_known"])
+                           correct, held["n_images"], held["n_known"], held["split"])
 
 
 def _check(net: ClusterNet, true: np.ndarray, images: ImageSet, attack: Attack, epsilons: Sequence[float]) -> None:

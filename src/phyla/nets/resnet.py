@@ -172,9 +172,8 @@ class TwoStream(nn.Module):
         return torch.cat([self.rgb(x), self.sobel(self.edges(x))], dim=1)
 
     def edges(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 2 height width"]:
-        """Return the two derivatives of grey, no gradient."""
-        with torch.no_grad():
-            return nn.functional.conv2d(x.mean(dim=1, keepdim=True), self.filters.to(x.dtype), padding=1)
+        """Return the two derivatives of grey; the filters have no gradient, the image may."""
+        return nn.functional.conv2d(x.mean(dim=1, keepdim=True), self.filters.to(x.dtype), padding=1)
 
 
 SOBEL = (((1.0, 0.0, -1.0), (2.0, 0.0, -2.0), (1.0, 0.0, -1.0)), ((1.0, 2.0, 1.0), (0.0, 0.0, 0.0), (-1.0, -2.0, -1.0)))
