@@ -210,11 +210,11 @@ def test_ruc_is_the_published_one(name):
         has(pipeline.data, split="train+test", held_out=None)
 
 
-@pytest.mark.parametrize(("name", "size", "stem"), [("superand-stl10", 32, "cifar"), ("superand-stl10-96", 96, "stl")])
-def test_super_and_sees_stl10_at_two_sizes(name, size, stem):
+@pytest.mark.parametrize(("name", "size"), [("superand-stl10", 32), ("superand-stl10-96", 96)])
+def test_super_and_sees_stl10_at_two_sizes(name, size):
     pipeline = recipe(name)
-    assert pipeline.pretrain.views.size == size
-    has(pipeline.pretrain.encoder, stem=stem, streams="rgb_sobel")
+    assert pipeline.pretrain.views.size == pipeline.data.size == size
+    has(pipeline.pretrain.encoder, stem="cifar", streams="rgb_sobel")
     has(pipeline.data, split="train", held_out="test", pretrain_split="train+unlabeled")
 
 
@@ -235,6 +235,15 @@ def test_a_recipe_fits_together(name):
     if not for_any:
         for split in filter(None, (pipeline.data.split, pipeline.data.held_out, pipeline.data.pretrain_split)):
             assert split_parts(pipeline.data.source, split)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_plain_view_shows_the_whole_image(name):
+    """A plain view is the central square of the stored image: of one stored larger it would be a part."""
+    pipeline = recipe(name)
+    stored = pipeline.data.size or DATASETS[pipeline.data.source].size
+    if "imagenet" not in name:  # published: the central 224 (96) of 256
+        assert pipeline.pretrain.views.size == stored
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -332,7 +341,7 @@ def test_an_option_is_read_as_its_type(key, value, read):
     ("cluster.views.crop_scale", "0.9,0.5", "views cannot be made with crop_scale"),
     ("cluster.views.operations", "rotat", "no operation 'rotat' for views.*rotate"),
     ("cluster.class_prior", "a,b", "not a number"), ("data.limit", "few", "not a whole number"),
-    ("refine.threshold", "high", "not a number"), ("refine", "maybe", "names no stage"),
+    ("refine.threshold", "high", "not a number"), ("refine", "maybe", "no method of that stage"),
 ])
 def test_an_option_that_cannot_be_is_refused_in_one_line(key, value, wanted):
     with pytest.raises(InputError, match=wanted) as raised:
@@ -395,3 +404,30 @@ def test_a_pipeline_is_put_together_from_its_methods():
     made = Pipeline("mine", Data("digits"), SimCLR(), SCAN(), SelfLabel())
     assert made.options()["methods"] == {"pretrain": "SimCLR", "cluster": "SCAN", "refine": "SelfLabel"}
     assert made.embed.layer == "projection" and made.neighbors.n_neighbors == 20
+
+
+@pytest.mark.parametrize(("name", "key", "value", "kind"), [
+    ("nnm-digits", "robust", "ruc", "RUC"), ("scan-folder", "robust", "RUC", "RUC"),
+    ("scan-digits", "cluster", "tsuc", "TSUC"), ("superand-digits", "cluster", "NNM", "NNM"),
+    ("scan-cifar10", "pretrain", "superand", "SuperAND"), ("tsuc-digits", "refine", "selflabel", "SelfLabel")])
+def test_a_stage_may_take_another_method(name, key, value, kind):
+    before = change(change(recipe(name), "cluster.n_clusters", 7), "cluster.random_state", 3)
+    after = change(before, key, value)
+    method, shown = getattr(after, key), before.pretrain.views
+    assert type(method).__name__ == kind and method.random_state == 3
+    has(method.views, size=shown.size, mean=shown.mean, std=shown.std, flip=shown.flip)
+    assert after.cluster.n_clusters == 7
+    assert from_options(json.loads(json.dumps(after.options()))).options() == after.options()
+    if key == "pretrain":
+        assert after.pretrain.encoder == before.pretrain.encoder
+    assert change(after, f"{key}.n_epochs", 2) is not None
+
+
+def test_a_stage_has_no_method_of_another():
+    with pytest.raises(InputError, match=r"cluster=simclr is no method of that stage. hint: allowed: kmeans, nnm, sc"):
+        change(recipe("scan-digits"), "cluster", "simclr")
+
+
+def test_the_grey_square_of_ruc_keeps_its_pixels():
+    pipeline = with_size(recipe("ruc-scan-cifar10"), 96)
+    assert pipeline.robust.views.cutout == 16 and pipeline.cluster.views.cutout == 48

@@ -51,12 +51,17 @@ def with_checkpoint(pipeline: Pipeline, path: str) -> Pipeline:
 
 
 def with_size(pipeline: Pipeline, size: int) -> Pipeline:
-    """Return the pipeline with images stored at ``size`` pixels and views of the same size; cutout keeps its share."""
+    """Return the pipeline with images stored at ``size`` pixels and views of the same size; cutout keeps its share.
+
+    The grey square of RUC's views keeps its pixels.
+    """
     pipeline = replace(pipeline, data=replace(pipeline.data, size=size))
     for part in METHODS:
         stage = getattr(pipeline, part)
         if hasattr(stage, "views"):
-            views = replace(stage.views, size=size, cutout=round(stage.views.cutout * size / stage.views.size))
+            fixed = stage.views.kind == "ruc_strong"  # its square has 16 pixels whatever the size, as published
+            cutout = stage.views.cutout if fixed else round(stage.views.cutout * size / stage.views.size)
+            views = replace(stage.views, size=size, cutout=cutout)
             pipeline = replace(pipeline, **{part: replace(stage, views=views)})
     return pipeline
 
@@ -91,14 +96,32 @@ def with_seed(pipeline: Pipeline, seed: int) -> Pipeline:
 def change(pipeline: Pipeline, key: str, value: object) -> Pipeline:
     """Return the pipeline with the option ``key`` ("cluster.entropy_weight") set to ``value``.
 
-    ``value`` is a string as typed on a command line, or already of the option's type. ``refine=none`` leaves that
-    stage out, and so does ``robust=none``.
+    ``value`` is a string as typed on a command line, or already of the option's type. A stage's own name sets its
+    method ("robust" to "ruc", with that method's defaults), and ``refine=none`` or ``robust=none`` leaves it out.
     """
     if key in _OPTIONAL and str(value).lower() in ("none", "off"):
         return replace(pipeline, **{key: None})  # type: ignore[arg-type]
+    if key in METHODS:
+        return _with_method(pipeline, key, str(value))
     if "." not in key:
         raise InputError(f"option {key!r} names no stage", "write STAGE.OPTION=VALUE, as in cluster.entropy_weight=2")
     return _changed(pipeline, key.split("."), value, key)
+
+
+def _with_method(pipeline: Pipeline, part: str, name: str) -> Pipeline:
+    """Return the pipeline with another method in a stage: its defaults, on the same images, clusters and seed."""
+    known = {method.lower(): kind for method, kind in METHODS[part].items()}
+    if name.lower() not in known:
+        raise InputError(f"{part}={name} is no method of that stage", nearest(name.lower(), list(known)))
+    method, shown = known[name.lower()](), pipeline.pretrain
+    kept: dict[str, object] = {}
+    if hasattr(method, "views"):
+        kept["views"] = replace(method.views, size=shown.views.size, mean=shown.views.mean, std=shown.views.std,
+                                flip=shown.views.flip)
+    for field, source in (("n_clusters", pipeline.cluster), ("random_state", pipeline.cluster), ("encoder", shown)):
+        if hasattr(method, field) and hasattr(source, field):
+            kept[field] = getattr(source, field)
+    return replace(pipeline, **{part: replace(method, **kept)})
 
 
 def _changed(part: PartT, names: list[str], value: object, key: str) -> PartT:

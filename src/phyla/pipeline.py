@@ -97,6 +97,7 @@ class EvaluateOptions:
     """The baselines beside the result: restarts of k-means, and how many images it is fitted on at most.
 
     ``knn_neighbors`` vote in the kNN probe of the embeddings: 200 where instance discrimination is published.
+    ``calibration_bins`` are those of the expected calibration error.
     ``attack`` measures every result under adversarial attack, on ``attack_images`` images at most: sane (in pixels) or
     paper (as RUC's paper has it).
     """
@@ -104,6 +105,7 @@ class EvaluateOptions:
     kmeans_restarts: int = 10
     kmeans_max_images: int = 20_000
     knn_neighbors: int = 20
+    calibration_bins: int = 15
     attack: Literal["none", "sane", "paper"] = "none"
     attack_images: int = 1000
     random_state: int = 0
@@ -111,7 +113,7 @@ class EvaluateOptions:
     def scorecard(self) -> dict[str, int]:
         """Return the options of the table of scores."""
         return {name: getattr(self, name) for name in (
-            "kmeans_restarts", "kmeans_max_images", "knn_neighbors", "random_state")}
+            "kmeans_restarts", "kmeans_max_images", "knn_neighbors", "calibration_bins", "random_state")}
 
 
 @dataclass(frozen=True)

@@ -249,6 +249,7 @@ class Runner:
                 neighbors=self.neighbors("train"), curves=self._curves(), scores=self.scores,
                 truth=(truth.labels, truth.names) if truth else None, run=self._told(),
                 skipped=self.loaded("train").skipped, notices=self._all_notices(),
+                result=self.pipeline.title(self._last),
                 results={title: self.assignment(stage) for stage, title in self._results().items()},
                 robustness=load_robustness(attacked) if attacked.exists() else ()), folder)
             return {}
@@ -372,7 +373,7 @@ class Runner:
         return self.run.stages[stage].folder
 
     @property
-    def _last(self) -> str:
+    def _last(self) -> ResultStage:
         return [stage for stage in RESULTS if stage in self.run.stages][-1]
 
     def _results(self) -> dict[str, str]:

@@ -86,9 +86,9 @@ class Found:
     probabilities : float32 (n_images, n_clusters) of the clustered images
     history : records of training
     facts : numbers and notices for done.json
-    all_heads : for a method with rival heads, images to the labels of every head, int64 (n_heads, n_images)
+    rivals : heads or networks, and images to the labels by each of them, int64 (n, n_images)
     epoch_labels : for a method that published its best epoch by labels, the labels after every epoch (n_epochs, n) of
-        the images on which it chose without
+        the images on which it chose without, and the name of their split
     """
 
     net: ClusterNet
@@ -96,8 +96,8 @@ class Found:
     probabilities: np.ndarray
     history: Sequence[Mapping[str, object]] = ()
     facts: dict[str, object] = field(default_factory=dict)
-    all_heads: Callable[[ImageSet], np.ndarray] | None = None
-    epoch_labels: np.ndarray | None = None
+    rivals: tuple[str, Callable[[ImageSet], np.ndarray]] | None = None
+    epoch_labels: tuple[np.ndarray, str] | None = None
 
 
 # ── pretrain ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -170,7 +170,7 @@ def _nnm(method: NNM, given: Given) -> Found:
               f"{method.n_heads} (lowest label-free score, {method.score_:.4f})")
     facts = {"score": method.score_, "head": method.head_, "epoch": method.epoch_, "notices": [notice]}
     return Found(method.net_, method.views, method.probabilities_, method.history_, facts,
-                 epoch_labels=method.epoch_labels_)
+                 epoch_labels=(method.epoch_labels_, "held_out" if given.watched else "train"))
 
 
 def _tsuc(method: TSUC, given: Given) -> Found:
@@ -182,7 +182,7 @@ def _tsuc(method: TSUC, given: Given) -> Found:
     facts = {"score": method.score_, "head": method.head_, "epoch": method.epoch_,
              "head_losses": [float(loss) for loss in method.head_losses_], "notices": [notice]}
     return Found(method.net_, method.views, method.probabilities_, method.history_, facts,
-                 lambda images: method.predict_heads(images, device=given.device))
+                 ("heads", lambda images: method.predict_heads(images, device=given.device)))
 
 
 def _kmeans(method: KMeans, given: Given, views: Views) -> Found:
@@ -232,7 +232,7 @@ def refine(method: Refiner, given: Given, clustered: Path) -> Found:
                    neighbors=given.neighbors("train"), watched=given.watched, device=given.device, folder=given.folder)
         facts = {"temperature": method.temperature_, "clean": [int(method.initial_clean_.sum()),
                                                                int(method.clean_.sum())]}
-        members = partial(_members, method, given.device)
+        members = "networks", partial(_members, method, given.device)
     facts |= {"scores": method.scores_, "notices": method.notices_}
     return Found(method.net_, method.views, method.probabilities_, method.history_, facts, members)
 
@@ -255,14 +255,14 @@ def save_found(found: Found, splits: Splits, *, size: int, device: Device, folde
     for position, (name, images) in enumerate(splits):
         p = found.probabilities if position == 0 else classifier.predict_proba(images, device=device)
         save_assignment(folder, Assignment(p, images.ids), name)
-        if found.all_heads is not None:
-            write_array(folder / f"{name}.heads.npy", found.all_heads(images))
-        if found.epoch_labels is not None and found.epoch_labels.shape[1] == len(images):
-            write_array(folder / f"{name}.epochs.npy", found.epoch_labels)
+        if found.rivals is not None:
+            write_array(folder / f"{name}.{found.rivals[0]}.npy", found.rivals[1](images))
+        if found.epoch_labels is not None and found.epoch_labels[1] == name:
+            write_array(folder / f"{name}.epochs.npy", found.epoch_labels[0])
     classifier.save(folder)
 
 
 def load_rivals(folder: Path, split: str) -> dict[str, np.ndarray]:
-    """Return the labels (n, n_images) of a split by each of the rivals that a method had: its heads, its epochs."""
-    paths = {kind: folder / f"{split}.{kind}.npy" for kind in ("heads", "epochs")}
+    """Return the labels (n, n_images) of a split by each of a method's heads, of its networks, after its epochs."""
+    paths = {kind: folder / f"{split}.{kind}.npy" for kind in ("heads", "networks", "epochs")}
     return {kind: read_array(path) for kind, path in paths.items() if path.exists()}

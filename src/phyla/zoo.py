@@ -32,6 +32,8 @@ from phyla.types import Embeddings, ImageSet
 
 log = logging.getLogger("phyla")
 
+_LOOKED_AT = 256  # images that a memory bank is compared with
+_NEARER = 0.05  # in the cosine, by which its rows must be nearer to their own images than to others
 _VIEWS = Views(kind="plain", size=224)
 _SCALAR = cast(Callable[..., object], np.int64(0).__reduce__()[0])
 _ALLOWED: tuple[Allowed, ...] = (
@@ -156,12 +158,25 @@ class PublishedEncoder(TransformerMixin, BaseEstimator):
         self.encoder_, self.projection_ = found.encoder, found.projection
         self.memory_: Embeddings | None = None
         if images is not None and found.memory is not None and len(found.memory) == len(images):
-            self.memory_ = Embeddings(found.memory, images.ids)  # of these very images, if they are the authors'
+            self.memory_ = self._fitting(Embeddings(found.memory, images.ids), images)
         if device is not None:
             device.place(self.encoder_)
         self.history_: list[dict[str, str | int | float]] = []
         self.facts_ = {"kind": found.kind} | found.facts
         return self
+
+    def _fitting(self, memory: Embeddings, images: ImageSet) -> Embeddings | None:
+        """Return ``memory`` if its rows are of these images, in this order, rather than of as many others."""
+        some = np.unique(np.linspace(0, len(images) - 1, min(len(images), _LOOKED_AT)).astype(int))
+        net = torch.nn.Sequential(self.encoder_, *([self.projection_] if self.projection_ is not None else []))
+        shown = embed(images.select(some), net, self.views.plain()).values
+        rows = memory.values[some] / np.linalg.norm(memory.values[some], axis=1, keepdims=True)
+        own, other = (float((shown * bank).sum(axis=1).mean()) for bank in (rows, np.roll(rows, 1, axis=0)))
+        if own > other + _NEARER:
+            return memory
+        log.warning("the checkpoint's memory bank is left out: its rows are no nearer to these images (cosine %.3f) "
+                    "than to others (%.3f)", own, other)
+        return None
 
     def checkpoint(self) -> Path:
         """Return the file that is loaded; DataNotFoundError when it is not there."""

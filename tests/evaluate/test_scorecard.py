@@ -152,13 +152,11 @@ def test_large_images_are_taken_in_parts(train, monkeypatch):
 def test_rival_heads_give_mean_spread_and_best(train):
     true = train.true
     heads = np.stack([true, (true + (np.arange(60) % 2 == 0)) % 3, np.zeros(60, np.int64)])
-    row = fill_scorecard([replace(train, rivals={"SCAN": {"heads": heads, "epochs": heads[1:]}})], **OPTIONS)[2]
+    row = fill_scorecard([replace(train, rivals={"SCAN": {"heads": heads}})], **OPTIONS)[2]
     found = [hungarian_accuracy(true, labels) for labels in heads]
     assert row.values["heads_mean_hungarian_accuracy"] == pytest.approx(np.mean(found))
     assert row.values["heads_sd_hungarian_accuracy"] == pytest.approx(np.std(found))
     assert row.values["heads_best_hungarian_accuracy"] == 1
-    assert row.values["epochs_best_hungarian_accuracy"] == max(found[1:])
-    assert "epochs_mean_hungarian_accuracy" not in row.values
     assert row.values["hungarian_accuracy"] == pytest.approx(0.9)  # the result stays the result
 
 
@@ -189,3 +187,34 @@ def test_a_memory_of_more_images_leaves_a_part_of_itself_out(train):
 def test_the_baselines_may_be_pixels_alone(train):
     rows = fill_scorecard([train], kmeans_on=("pixels",), **OPTIONS)
     assert [row.method for row in rows] == ["k-means on pixels", "SCAN", "embeddings (probes)"]
+
+
+def test_the_oracle_is_a_row_of_its_own_beside_the_result(train):
+    true = train.true
+    epochs = np.stack([np.zeros(60, np.int64), (true + 1) % 3, (true + (np.arange(60) % 2 == 0)) % 3])
+    rows = fill_scorecard([replace(train, rivals={"SCAN": {"epochs": epochs}})], **OPTIONS)
+    oracle = next(row for row in rows if "oracle" in row.method)
+    assert oracle.method == "SCAN (oracle: best epoch by labels)"
+    assert oracle.values == {"hungarian_accuracy": 1.0, "nmi": pytest.approx(1), "ari": pytest.approx(1)}
+    unlabelled = replace(train, true=None, rivals={"SCAN": {"epochs": epochs}})
+    assert not any("oracle" in row.method for row in fill_scorecard([unlabelled], **OPTIONS))
+
+
+def test_networks_that_are_added_up_have_a_number_each(train):
+    networks = np.stack([train.true, np.zeros(60, np.int64)])
+    row = fill_scorecard([replace(train, rivals={"SCAN": {"networks": networks}})], **OPTIONS)[2]
+    assert row.values["network_1_hungarian_accuracy"] == 1
+    assert row.values["network_2_hungarian_accuracy"] == pytest.approx(1 / 3)
+    assert "heads_mean_hungarian_accuracy" not in row.values
+
+
+def test_the_bins_of_the_calibration_error_are_an_option(train):
+    one, many = (fill_scorecard([train], calibration_bins=bins, **OPTIONS)[2].values for bins in (1, 15))
+    assert one["expected_calibration_error"] == pytest.approx(abs(one["confidence_gap"]))
+    assert many["expected_calibration_error"] >= one["expected_calibration_error"]
+
+
+def test_fewer_voters_than_asked_for_are_told(train, caplog):
+    with caplog.at_level(logging.WARNING, logger="phyla"):
+        fill_scorecard([train], **OPTIONS | {"knn_neighbors": 200})
+    assert "only 59 images can vote, not 200" in caplog.text

@@ -117,13 +117,15 @@ def confusion_matrix(
     return ConfusionMatrix(counts[:, clusters], clusters)
 
 
-def score_assignment(assignment: Assignment, true: np.ndarray, *, method: str, split: str) -> Scores:
+def score_assignment(assignment: Assignment, true: np.ndarray, *, method: str, split: str,
+                     n_bins: int = 15) -> Scores:
     """Return the field's metrics of an assignment.
 
     Parameters
     ----------
     true : int (n_images,), -1 where the class is not known
     method, split : what is scored, for the table
+    n_bins : of the expected calibration error
 
     Returns
     -------
@@ -144,7 +146,8 @@ def score_assignment(assignment: Assignment, true: np.ndarray, *, method: str, s
         "ari": ari(true, labels),
         "ami": ami(true, labels),
         f"top{n_top}_accuracy": _top_hits(true, assignment.probabilities, matching, n_top),
-        "expected_calibration_error": expected_calibration_error(judged.confidence, judged.correct),
+        "expected_calibration_error": expected_calibration_error(judged.confidence, judged.correct,
+                                                                 n_bins=n_bins),
         "confidence_gap": confidence_gap(judged.confidence, judged.correct),
         "brier_score": brier_score(true, assignment.probabilities),
         "area_under_risk_coverage": area_under_risk_coverage(judged.confidence, judged.correct),

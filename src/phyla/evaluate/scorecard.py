@@ -13,7 +13,7 @@ import numpy as np
 from phyla.cluster.kmeans import KMeans
 from phyla.errors import InputError
 from phyla.evaluate.matching import hungarian_accuracy
-from phyla.evaluate.metrics import score_assignment, score_without_labels
+from phyla.evaluate.metrics import ari, nmi, score_assignment, score_without_labels
 from phyla.evaluate.probes import knn_accuracy, linear_accuracy, neighbor_purity
 from phyla.progress import track
 from phyla.quality import neighbor_score
@@ -26,7 +26,8 @@ log = logging.getLogger("phyla")
 class Split:
     """One split of a run: what is scored, and the true labels where there are any (int64, -1 for unknown).
 
-    ``rivals`` are, by method and kind (heads, epochs), the labels (n, n_images) of those among which it has chosen.
+    ``rivals`` are, by method and kind, the labels (n, n_images) of those among which it has chosen (heads, epochs) or
+    that it has added up (networks).
     """
 
     name: str
@@ -55,13 +56,14 @@ class Bank:
 
 
 def fill_scorecard(splits: Sequence[Split], *, n_clusters: int, kmeans_restarts: int, kmeans_max_images: int,
-                   knn_neighbors: int, random_state: int, kmeans_on: Sequence[str] = ("pixels", "embeddings"),
-                   memory: Bank | None = None) -> list[Scores]:
+                   knn_neighbors: int, random_state: int, calibration_bins: int = 15,
+                   kmeans_on: Sequence[str] = ("pixels", "embeddings"), memory: Bank | None = None) -> list[Scores]:
     """Return one row a method and split; k-means is fitted on the first split and predicts the others.
 
     Parameters
     ----------
     n_clusters : of k-means
+    calibration_bins : of the expected calibration error
     kmeans_on : what k-means, the baseline, is fitted on
     memory : the memory bank of the encoder, for kNN probes of its own beside that on the embeddings
     kmeans_restarts : tries of k-means, of which its own objective chooses
@@ -79,7 +81,9 @@ def fill_scorecard(splits: Sequence[Split], *, n_clusters: int, kmeans_restarts:
     table = []
     for position, split in enumerate(splits):
         named = {method: found[position] for method, found in baselines.items()} | dict(split.assignments)
-        table += [_row(method, assignment, split) for method, assignment in named.items()]
+        for method, assignment in named.items():
+            table.append(_row(method, assignment, split, n_bins=calibration_bins))
+            table += _oracle(method, split)
         if split.true is not None and splits[0].true is not None:
             probes = _probes(splits[0], splits[0].true, split, split.true, knn_neighbors)
             if memory is not None:
@@ -117,26 +121,35 @@ def _predicted(kmeans: KMeans, space: _Space, split: Split) -> Assignment:
     return Assignment(np.concatenate([kmeans.predict_proba(space(split, rows)) for rows in blocks]), split.images.ids)
 
 
-def _row(method: str, assignment: Assignment, split: Split) -> Scores:
+def _row(method: str, assignment: Assignment, split: Split, *, n_bins: int) -> Scores:
     values = score_without_labels(assignment, split.neighbors)
     near = split.neighbors.indices[:, :_SCORE_NEIGHBORS]
     values["neighbor_score"] = neighbor_score(assignment.probabilities, near)  # as methods choose by it
     if split.true is not None and (split.true >= 0).any():
-        values |= score_assignment(assignment, split.true, method=method, split=split.name).values
-        for kind, labels in split.rivals.get(method, {}).items():
-            values |= _over(kind, labels, split.true)
+        values |= score_assignment(assignment, split.true, method=method, split=split.name, n_bins=n_bins).values
+        rivals = split.rivals.get(method, {})
+        if "heads" in rivals:
+            found = np.array([hungarian_accuracy(split.true, labels) for labels in rivals["heads"]])
+            told = {"mean": found.mean(), "sd": found.std(), "best": found.max()}  # the last needs labels to see
+            values |= {f"heads_{name}_hungarian_accuracy": float(value) for name, value in told.items()}
+        for number, labels in enumerate(rivals.get("networks", ()), 1):
+            values[f"network_{number}_hungarian_accuracy"] = hungarian_accuracy(split.true, labels)
     return Scores(method, split.name, len(assignment), values)
 
 
-def _over(kind: str, rivals: np.ndarray, true: np.ndarray) -> dict[str, float]:
-    """Return mean, population standard deviation and largest of the rivals' accuracies; the last needs labels to see.
+ORACLE = "{} (oracle: best epoch by labels)"
 
-    Of epochs there is the largest alone: it is what the authors of NNM report.
-    """
-    found = np.array([hungarian_accuracy(true, labels) for labels in rivals])
-    told = {"mean": found.mean(), "sd": found.std(), "best": found.max()}
-    return {f"{kind}_{name}_hungarian_accuracy": float(value) for name, value in told.items()
-            if kind == "heads" or name == "best"}
+
+def _oracle(method: str, split: Split) -> list[Scores]:
+    """Return the row of the epoch that true labels would choose, as NNM's authors do: never the result of a run."""
+    epochs, true = split.rivals.get(method, {}).get("epochs"), split.true
+    if epochs is None or true is None or not (true >= 0).any():
+        return []
+    accuracies = [hungarian_accuracy(true, labels) for labels in epochs]
+    some, best = true >= 0, epochs[int(np.argmax(accuracies))]
+    values = {"hungarian_accuracy": max(accuracies), "nmi": nmi(true[some], best[some]),
+              "ari": ari(true[some], best[some])}
+    return [Scores(ORACLE.format(method), split.name, int(some.sum()), values)]
 
 
 _SCORE_NEIGHBORS = 5
@@ -146,6 +159,8 @@ _PROBED_CLASSES = 200  # above these its fit would take longer than the run
 
 def _probes(bank: Split, bank_true: np.ndarray, split: Split, true: np.ndarray, n_neighbors: int) -> dict[str, float]:
     queries, queries_true = (None, None) if bank is split else (split.embeddings, true)
+    if (n_voters := int((bank_true >= 0).sum()) - (bank is split)) < n_neighbors:
+        log.warning("kNN probe: only %d images can vote, not %d", n_voters, n_neighbors)
     some = np.unique(np.linspace(0, len(bank_true) - 1, min(len(bank_true), _PROBED)).astype(int))
     probes: dict[str, Callable[[], float]] = {
         f"knn_accuracy_{n_neighbors}": partial(knn_accuracy, bank.embeddings, bank_true, queries=queries,
