@@ -294,7 +294,7 @@ MISTAKES = {
     "size": ("run photos -k 2 --size 0", "size=0"),
     "recipe": ("run scan-cifr10", r"no recipe 'scan-cifr10'.*did you mean scan-cifar10\?"),
     "recipe without images": ("run scan-folder", "which images.*phyla run FOLDER"),
-    "data set": ("run digits", "did you mean scan-digits"),
+    "data set": ("run digits", "did you mean ruc-digits"),
     "option": ("run scan-digits --set cluster.entropy_wieght=2", "no option 'cluster.entropy_wieght'.*entropy_weight"),
     "value": ("run scan-digits --set cluster.optimizer=adm", "did you mean adam"),
     "number": ("run scan-digits --set cluster.lr=fast", "cluster.lr=fast is not a number"),

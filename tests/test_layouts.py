@@ -1,4 +1,4 @@
-"""Super-AND's, AND's and TSUC's files: a network of the same form, built here from plain torch, is taken over whole.
+"""RUC's, Super-AND's, AND's and TSUC's files: networks of the same form, built here from plain torch, are taken over.
 
 The network below is written anew from the paper and the names in the files; nothing of it is phyla's.
 """
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from phyla.errors import CorruptFileError, InputError
 from phyla.images.augment import Views
 from phyla.nets.heads import Projection
-from phyla.nets.resnet import EncoderSpec, ResNet, TwoStream
+from phyla.nets.resnet import EncoderSpec, Ensemble, ResNet, TwoStream
 from phyla.types import ImageSet
 from phyla.zoo import Published, PublishedEncoder, load_published
 
@@ -93,11 +93,11 @@ class Paper(nn.Module):
         return out / out.norm(dim=1, keepdim=True)
 
 
-def paper(depth: str = "resnet18", *, two: bool = True) -> Paper:
+def paper(depth: str = "resnet18", *, two: bool = True, width: int = WIDTH, seed: int = 1) -> Paper:
     """A network whose every number differs from a fresh one, BatchNorm's included."""
-    source = torch.Generator().manual_seed(1)
+    source = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng():
-        net = Paper(depth, WIDTH if depth == "resnet18" else 2, N_OUT, two=two)
+        net = Paper(depth, width if depth == "resnet18" else 2, N_OUT, two=two)
     for name, value in net.state_dict().items():
         if name.endswith("num_batches_tracked"):
             value.fill_(7)
@@ -168,10 +168,10 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "ckpt.t7"
 
 
-def refusal(path: Path, held: object) -> str:
+def refusal(path: Path, held: object, stem: str | None = None) -> str:
     """The one line by which a file is refused."""
     with pytest.raises((InputError, CorruptFileError)) as caught:
-        load_published(write(path, held))
+        load_published(write(path, held), stem=stem)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
     return str(caught.value)
 
@@ -328,6 +328,123 @@ def test_a_tsuc_file_may_hold_its_memory_too(file: Path) -> None:
     assert found.kind == "tsuc" and found.memory.shape == (N_IMAGES, N_OUT)
 
 
+# ---- RUC: two networks, whose logits are added ----------------------------------------------------------------------
+
+
+def ruc_networks(n_clusters: int = N_CLUSTERS) -> list[tuple[Paper, Tensor, Tensor]]:
+    """Two networks that differ in every number, each with the weight and the bias of its head."""
+    source = torch.Generator().manual_seed(5)
+    return [(paper(two=False, seed=seed), torch.randn(n_clusters, 8 * WIDTH, generator=source),
+             torch.randn(n_clusters, generator=source)) for seed in (1, 2)]
+
+
+def ruc_state(net: Paper, weight: Tensor, bias: Tensor, *, prefix: str = "module.") -> State:
+    """One network as RUC's release saves it; its ResNet has no linear layer."""
+    state = {f"backbone.{name}": value for name, value in net.state_dict().items() if not name.startswith("linear.")}
+    state |= {"cluster_head.0.weight": weight, "cluster_head.0.bias": bias}
+    return {prefix + name: value for name, value in state.items()}
+
+
+def ruc_file(**changes: object) -> File:
+    return {f"net{i + 1}": ruc_state(*network) for i, network in enumerate(ruc_networks())} | changes
+
+
+def ruc_logits(networks: list[tuple[Paper, Tensor, Tensor]]) -> Tensor:
+    """What the networks say of the views, summed; each is run alone and has a part in it."""
+    with torch.no_grad():
+        logits = [net.features(views()) @ weight.T + bias for net, weight, bias in networks]
+    assert (logits[0] - logits[1]).abs().max() > 0.1 and min(each.std() for each in logits) > 0.1
+    return logits[0] + logits[1]
+
+
+def close(found: Tensor, wanted: Tensor) -> bool:
+    return torch.allclose(found, wanted, rtol=1e-5, atol=1e-5 * wanted.abs().max().item())
+
+
+@pytest.mark.parametrize("prefixes", [("module.", "module."), ("", ""), ("", "module.")])
+@pytest.mark.parametrize("legacy", [True, False])
+def test_the_logits_of_a_ruc_file_are_the_sum_of_both_networks(file: Path, prefixes: tuple[str, str], legacy: bool
+                                                               ) -> None:
+    networks = ruc_networks()
+    held = {f"net{i + 1}": ruc_state(*network, prefix=prefixes[i]) for i, network in enumerate(networks)}
+    found = load_published(write(file, held, legacy=legacy), stem="cifar")
+
+    assert (found.kind, found.head, found.projection, found.memory) == ("ruc", 0, None, None)
+    assert found.encoder.spec == EncoderSpec("resnet18", "cifar", WIDTH, members=2)
+    assert isinstance(found.encoder, Ensemble) and not found.net().training and not found.encoder.training
+    assert found.facts == {"n_features": 128, "n_projection": 0, "n_heads": 1, "n_clusters": N_CLUSTERS,
+                           "n_networks": 2, "notes": ["the encoder is RUC's two networks side by side, and the logits "
+                                                      "are the sum of theirs"]}
+    with torch.no_grad():
+        assert close(found.net()(views())[0], ruc_logits(networks))
+        assert close(found.encoder(views()), torch.cat([net.features(views()) for net, *_ in networks], dim=1))
+
+
+def test_what_stands_beside_the_two_networks_is_named(file: Path) -> None:
+    found = load_published(write(file, ruc_file(epoch=3)), stem="cifar")
+    assert found.facts["notes"][1:] == ["left out of the file: epoch"]
+
+
+def test_the_encoder_of_a_ruc_file_stands_in_for_a_trained_one(file: Path, tmp_path: Path) -> None:
+    from phyla.rundir import load_encoder, save_encoder
+
+    write(file, ruc_file())
+    method = PublishedEncoder(path=str(file), stem="cifar", views=Views("simclr", 32)).fit()
+    assert (method.facts_["kind"], method.facts_["n_networks"], method.projection_) == ("ruc", 2, None)
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+    rows = torch.from_numpy(method.transform(ImageSet(pixels, ["a", "b", "c"])))
+    x = Views("plain", 32)(torch.from_numpy(pixels), torch.Generator())
+    with torch.no_grad():
+        assert close(rows, torch.cat([net.features(x) for net, *_ in ruc_networks()], dim=1))
+    save_encoder(tmp_path / "kept", method.encoder_, method.projection_)
+    again, _ = load_encoder(tmp_path / "kept")
+    with torch.no_grad():
+        assert close(again(views()), method.encoder_(views()))
+
+
+@pytest.mark.parametrize(("absent", "changes"), [
+    ("net1", {}), ("net2", {}), ("net2", {"net2": {}}), ("net1", {"net1": None}), ("net2", {"net2": torch.ones(3)})])
+def test_a_ruc_file_of_one_network_is_refused(file: Path, absent: str, changes: File) -> None:
+    held = ruc_file()
+    del held[absent]
+    assert f"has no {absent}: RUC's logits are the sum of two networks" in refusal(file, held | changes, "cifar")
+
+
+@pytest.mark.parametrize(("network", "told"), [
+    (lambda: (paper(two=False, width=4), torch.ones(N_CLUSTERS, 32), torch.ones(N_CLUSTERS)),
+     "net2.backbone.conv1.weight (4, 3, 3, 3) instead of (8, 3, 3, 3)"),
+    (lambda: (paper(two=False), torch.ones(5, 64), torch.ones(5)),
+     "2 misshapen (net2.cluster_head.0.weight (5, 64) instead of (7, 64), net2.cluster_head.0.bias (5,)"),
+    (lambda: (paper("resnet50", two=False), torch.ones(N_CLUSTERS, 64), torch.ones(N_CLUSTERS)),
+     "net2.backbone.layer1.0.conv3.weight")])
+def test_two_networks_of_different_form_are_refused(file: Path, network: object, told: str) -> None:
+    said = refusal(file, ruc_file(net2=ruc_state(*network())), "cifar")
+    assert "no whole net2 of the same form as net1: " in said and told in said
+
+
+@pytest.mark.parametrize("network", ["net1", "net2"])
+@pytest.mark.parametrize(("entry", "value", "told"), [
+    ("backbone.layer4.1.bn2.running_var", None, "1 missing ({}.backbone.layer4.1.bn2.running_var)"),
+    ("cluster_head.0.bias", None, "network of RUC: 1 missing ({}.cluster_head.0.bias)"),
+    ("cluster_head.1.bias", torch.ones(N_CLUSTERS), "network of RUC: 1 unexpected ({}.cluster_head.1.bias)"),
+    ("contrastive_head.0.bias", torch.ones(64), "1 unexpected ({}.contrastive_head.0.bias)"),
+    ("fc.weight", torch.ones(2), "1 unexpected ({}.fc.weight)"),
+    ("backbone.bn1.bias", torch.ones(5), "{}.backbone.bn1.bias (5,) instead of (8,)"),
+    ("backbone.layer1.0.bn1.weight", torch.full((WIDTH,), torch.nan), "not finite in {}.backbone.layer1.0.bn1.weight"),
+    ("cluster_head.0.weight", torch.full((N_CLUSTERS, 64), torch.inf), "not finite in {}.cluster_head.0.weight"),
+    ("note", "hello", "holds no networks but module.note")])
+def test_a_flaw_of_either_network_is_told_with_its_name(file: Path, network: str, entry: str, value: object, told: str
+                                                        ) -> None:
+    held = ruc_file()
+    state = held[network] | {f"module.{entry}": value}
+    held[network] = {name: each for name, each in state.items() if each is not None}
+    assert told.format(network) in refusal(file, held, "cifar")
+
+
+def test_a_ruc_file_has_to_be_given_its_stem(file: Path) -> None:
+    assert "say which it is: stem=cifar or stem=stl" in refusal(file, ruc_file())
+
+
 # ---- the stem and the place of a pretext method ---------------------------------------------------------------------
 
 
@@ -335,8 +452,22 @@ def test_these_files_have_one_stem(file: Path) -> None:
     write(file, stage_1(paper()))
     assert load_published(file, stem="cifar").encoder.spec == load_published(file).encoder.spec
     for stem in ("stl", "imagenet"):
-        with pytest.raises(InputError, match=rf"stem={stem} does not fit .* without a max-pool.*allowed: cifar$"):
+        with pytest.raises(InputError, match=rf"stem={stem} does not fit .* without a max-pool.*allowed: cifar; "
+                           r"in a run: --set pretrain\.stem=cifar$"):
             load_published(file, stem=stem)
+
+
+@pytest.mark.parametrize("name", ["scan-stl10", "superand-folder"])
+def test_a_recipe_of_another_stem_takes_the_file_by_the_option_that_the_refusal_names(file: Path, name: str) -> None:
+    from phyla.overrides import change, with_checkpoint
+    from phyla.recipes import recipe
+
+    pipeline = with_checkpoint(recipe(name), str(write(file, stage_1(paper()))))
+    with pytest.raises(InputError) as caught:
+        pipeline.pretrain.fit()
+    key, _, value = str(caught.value).rpartition("--set ")[2].partition("=")
+    taken = change(pipeline, key, value).pretrain.fit()
+    assert taken.encoder_.spec == EncoderSpec("resnet18", "cifar", WIDTH, "rgb_sobel")
 
 
 @pytest.mark.parametrize("stage", [stage_1, stage_2])
@@ -509,6 +640,34 @@ def test_a_superand_file_becomes_an_encoder_with_its_memory(file: Path, tmp_path
         assert torch.allclose(projection(encoder(views())), net(views()), rtol=0, atol=1e-5)
     said = call("import", file, "--out", tmp_path / "none", "--head", "1")
     assert said.code == 2 and "has no cluster heads" in said.err and not (tmp_path / "none").exists()
+
+
+def test_a_ruc_file_becomes_one_classifier(file: Path, tmp_path: Path) -> None:
+    from commands import call
+    from phyla.classifier import Classifier
+
+    said = call("import", write(file, ruc_file(), legacy=True), "--out", tmp_path / "mine", "--stem", "cifar", "--json")
+    assert said.code == 0, said.err
+    told = json.loads(said.out)
+    assert (told["kind"], told["n_networks"], told["encoder"]["members"], told["head"]) == ("ruc", 2, 2, 0)
+    classifier = Classifier.load(tmp_path / "mine")
+    with torch.no_grad():
+        assert close(classifier.net(views())[0], ruc_logits(ruc_networks()))
+    assert classifier.facts["kind"] == "ruc"
+
+
+@pytest.mark.parametrize(("stem", "n_clusters", "size", "mean"), [
+    ("cifar", 10, 32, (0.4914, 0.4822, 0.4465)), ("cifar", 20, 32, (0.5071, 0.4867, 0.4408)),
+    ("stl", 10, 96, (0.4914, 0.4822, 0.4465))])
+def test_a_ruc_file_scales_pixels_as_its_release_did(file: Path, tmp_path: Path, stem: str, n_clusters: int, size: int,
+                                                     mean: tuple[float, ...]) -> None:
+    from phyla.classifier import Classifier
+    from phyla.prediction import import_checkpoint
+
+    held = {f"net{i + 1}": ruc_state(*network) for i, network in enumerate(ruc_networks(n_clusters))}
+    import_checkpoint(write(file, held), tmp_path / "mine", stem)
+    classifier = Classifier.load(tmp_path / "mine")
+    assert (classifier.views.size, classifier.views.mean) == (size, mean)
 
 
 def test_a_tsuc_file_becomes_a_classifier_with_the_head_that_is_named(file: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import struct
 import sys
@@ -422,6 +423,32 @@ def test_what_cannot_be_run_is_refused_before_any_work(tmp_path, changes, wanted
     with pytest.raises(InputError, match=wanted):
         Runner(small(**changes), tmp_path / "run").go()
     assert not list(tmp_path.glob("run/stages/pretrain-*"))
+
+
+@pytest.mark.parametrize(("name", "typed", "wanted"), [
+    ("superand-digits", "pretrain.lr=-1", "pretrain: lr must be above 0 and finite, got -1"),
+    ("superand-digits", "pretrain.momentum=2", "pretrain: momentum must be at least 0 and below 1, got 2"),
+    ("scan-digits", "pretrain.weight_decay=-1", "pretrain: weight_decay must be at least 0"),
+    ("scan-digits", "cluster.n_epochs=0", "cluster: n_epochs must be at least 1, got 0"),
+    ("scan-digits", "refine.batch_size=0", "refine: batch_size must be at least 2, got 0"),
+    ("nnm-digits", "cluster.lr=-1", "cluster: lr must be above 0"),
+    ("tsuc-digits", "cluster.momentum=-1", "cluster: momentum must be at least 0"),
+    ("tsuc-digits", "cluster.norm=feature_rows", "cluster: prototypes='kmeans' are directions.*norm=class_columns"),
+    ("ruc-digits", "robust.views.kind=strong", "robust: views of kind 'strong' are not allowed.*ruc_strong"),
+    ("ruc-digits", "robust.smoothing=2", "robust: smoothing must be at least 0 and below 1, got 2"),
+    ("ruc-digits", "cluster.n_clusters=1", "at least 2, got 1.*--classes 2, or leave .*--set robust=none"),
+    ("superand-digits", "cluster.n_init=0", "cluster: n_init must be at least 1, got 0"),
+    ("superand-digits", "cluster.temperature=0", "cluster.temperature=0 gives no.*--set cluster.temperature=0.1"),
+])
+def test_options_that_do_not_fit_are_told_before_an_image_is_read(tmp_path, monkeypatch, name, typed, wanted):
+    monkeypatch.setattr("phyla.runner.open_images", lambda *args, **options: pytest.fail("an image was asked for"))
+    said = call("run", name, "--set", typed, "--out", tmp_path / "run")
+    assert re.search(wanted, said.error()) and not (tmp_path / "run" / "stages").exists()
+
+
+def test_classes_of_one_are_refused_with_what_can_be_typed(tmp_path):
+    said = call("run", "ruc-digits", "--classes", "1", "--out", tmp_path / "run")
+    assert said.error().endswith("hint: --classes 2, or leave the stage out: --set robust=none")
 
 
 def test_refused_options_do_not_become_those_of_the_run(run):

@@ -192,15 +192,6 @@ def test_a_self_label_file_has_one_head(file: Path, wrapped: bool) -> None:
     same_encoder(found.encoder, net)
 
 
-def test_a_ruc_file_gives_its_first_network(file: Path) -> None:
-    first, second = made(), EncoderSpec("resnet18", "cifar", WIDTH).build(torch.Generator().manual_seed(9))
-    held = {name: parallel(backbone(net) | heads(32)) for name, net in (("net1", first), ("net2", second))}
-    found = load_published(write(file, held), stem="cifar")
-    assert (found.kind, found.head) == ("selflabel", 0)
-    assert found.facts["notes"] == ["left out of the file: net2"]
-    same_encoder(found.encoder, first)
-
-
 def test_moco_v2_gives_encoder_and_projection(file: Path) -> None:
     net = made("resnet50", "imagenet")
     state = parallel(backbone(net, "encoder_q.") | mlp(128, "encoder_q.fc."))
@@ -266,7 +257,8 @@ def test_a_three_pixel_stem_has_to_be_named(file: Path) -> None:
     write(file, backbone(made()) | mlp(32))
     with pytest.raises(InputError, match="say which it is: stem=cifar or stem=stl"):
         load_published(file)
-    with pytest.raises(InputError, match=r"stem=imagenet does not fit .*3x3.*allowed: cifar, stl"):
+    with pytest.raises(InputError, match=r"stem=imagenet does not fit .*3x3.*allowed: cifar, stl; "
+                       r"in a run: --set pretrain\.stem=cifar or --set pretrain\.stem=stl$"):
         load_published(file, stem="imagenet")
     with pytest.raises(InputError, match="did you mean cifar"):
         load_published(file, stem="cifar10")

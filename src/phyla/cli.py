@@ -203,7 +203,7 @@ def import_(checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", hel
             head: Annotated[int | None, typer.Option(help="which cluster head, from 0: TSUC's files do not tell",
                                                      show_default=False)] = None,
             quiet: Quiet = False, as_json: AsJson = False) -> None:
-    """Convert a published checkpoint (SCAN, SimCLR, MoCo, Super-AND, TSUC)."""
+    """Convert a published checkpoint (SCAN, NNM, RUC, SimCLR, MoCo, Super-AND, TSUC)."""
     from phyla.display import showing
 
     with showing(quiet=quiet):

@@ -7,7 +7,7 @@ network is an error, and what stands beside the networks is left out with a note
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -24,7 +24,7 @@ MOCO_FILE = "moco_v2_800ep_pretrain.pth.tar"
 WANTED = f"give a checkpoint of SCAN, NNM, RUC, Super-AND, AND or TSUC with a ResNet, or MoCo's {MOCO_FILE}"
 AGAIN = "fetch the file again"
 
-Family = Literal["scan", "moco", "superand", "tsuc"]
+Family = Literal["scan", "ruc", "moco", "superand", "tsuc"]
 State = dict[str, Tensor]
 Net = TypeVar("Net", bound=nn.Module)
 
@@ -49,13 +49,14 @@ class Contents:
 
     Parameters
     ----------
-    family : whose file it is: scan (SCAN, NNM, RUC), moco, superand (AND, too) or tsuc
+    family : whose file it is: scan (SCAN, NNM), ruc, moco, superand (AND, too) or tsuc
     encoder, projection, heads, memory : no tensors where the file has none
     streams : of the encoder
     head : what the file says is the best head
     names_head : whether it has a place to say so
     reported : numbers that the file tells about itself; accuracies among them were measured with true labels
-    notes : what was left out
+    notes : what was left out, and what RUC's two networks became
+    second : RUC's second network, whose logits are added to those of the first
     """
 
     family: Family
@@ -68,13 +69,16 @@ class Contents:
     names_head: bool = False
     reported: dict[str, object] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    second: "Contents | None" = None
 
 
 def contents(path: Path, held: object) -> Contents:
     """Return the parts of what ``read_checkpoint`` found at ``path``; InputError when they are of no known file."""
     if not isinstance(held, dict):
         raise InputError(f"{path} holds a {type(held).__name__} and no networks", WANTED)
-    return _superand(path, held) if isinstance(held.get("net"), dict) else _scan(path, held)
+    if isinstance(held.get("net"), dict):
+        return _superand(path, held)
+    return _ruc(path, held) if any(isinstance(held.get(name), dict) for name in _NETWORKS) else _scan(path, held)
 
 
 def filled(path: Path, what: str, net: Net, part: Part) -> Net:
@@ -128,11 +132,11 @@ def _left_out(held: Mapping[str, Any], *used: str) -> list[str]:
     return [f"left out of the file: {_some(left_out)}"] if left_out else []
 
 
-# ---- SCAN, NNM, RUC and MoCo ----------------------------------------------------------------------------------------
+# ---- SCAN, NNM and MoCo ---------------------------------------------------------------------------------------------
 
 
 def _scan(path: Path, held: Mapping[str, Any]) -> Contents:
-    wrapper = next((name for name in ("model", "state_dict", "net1") if isinstance(held.get(name), dict)), None)
+    wrapper = next((name for name in ("model", "state_dict") if isinstance(held.get(name), dict)), None)
     notes = _left_out(held, wrapper, "head", "best_loss_head") if wrapper else []
     state = _tensors(path, held[wrapper] if wrapper else held)
     is_moco = any(name.startswith("encoder_q.") for name in state)
@@ -163,8 +167,34 @@ def _by_prefix(path: Path, state: State, prefixes: tuple[str, str, str]) -> list
         raise InputError(f"{path} holds no encoder: no name begins with backbone. or encoder_q. ({_some(strange)})",
                          WANTED)
     if strange:
-        raise fault(path, "network of SCAN or MoCo", unexpected=strange)
+        raise fault(path, "network of SCAN, RUC or MoCo", unexpected=strange)
     return [_part(parts[prefix], prefix) for prefix in prefixes]
+
+
+# ---- RUC ------------------------------------------------------------------------------------------------------------
+
+_NETWORKS = ("net1", "net2")
+
+
+def _ruc(path: Path, held: Mapping[str, Any]) -> Contents:
+    """Return the parts of RUC's two networks, each an encoder and one head; what they make is the sum of both."""
+    absent = [name for name in _NETWORKS if not isinstance(held.get(name), dict) or not held[name]]
+    if absent:
+        raise InputError(f"{path} has no {' and no '.join(absent)}: RUC's logits are the sum of two networks", AGAIN)
+    first, second = (_ruc_network(path, held[name], f"{name}.") for name in _NETWORKS)
+    notes = ["the encoder is RUC's two networks side by side, and the logits are the sum of theirs"]
+    return replace(first, second=second, notes=notes + _left_out(held, *_NETWORKS))
+
+
+def _ruc_network(path: Path, held: Mapping[str, Any], name: str) -> Contents:
+    prefixes = (f"{name}backbone.", f"{name}contrastive_head.", f"{name}cluster_head.")
+    encoder, projection, heads = _by_prefix(path, _tensors(path, held, name), prefixes)
+    wanted = [heads.named("0.weight"), heads.named("0.bias")]
+    missing = [entry for entry in wanted if entry not in heads.state]
+    unexpected = [entry for entry in projection.state | heads.state if entry not in wanted]
+    if missing or unexpected:
+        raise fault(path, "network of RUC", missing=missing, unexpected=unexpected)
+    return Contents("ruc", encoder, NOTHING, heads)
 
 
 # ---- Super-AND, AND and TSUC ----------------------------------------------------------------------------------------

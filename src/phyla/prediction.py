@@ -161,7 +161,8 @@ def import_checkpoint(path: Path, out: Path, stem: str | None, *, head: int | No
     facts: dict[str, object] = {"kind": found.kind, "encoder": asdict(found.encoder.spec), **found.facts}
     cifar100 = CIFAR100_SUPERAND if found.kind == "tsuc" else CIFAR100  # their deviations differ
     cifar = cifar100 if found.facts["n_clusters"] in (20, 100) else CIFAR10
-    sizes = {"cifar": (32, cifar), "stl": (96, IMAGENET), "imagenet": (224, IMAGENET)}
+    stl = CIFAR10 if found.kind == "ruc" else IMAGENET  # RUC's release shows STL-10 with CIFAR-10's mean and deviation
+    sizes = {"cifar": (32, cifar), "stl": (96, stl), "imagenet": (224, IMAGENET)}
     size, norm = sizes[found.encoder.spec.stem]
     views = Views("plain", size, *norm)
     if found.heads is None:

@@ -331,7 +331,14 @@ class Runner:
             raise InputError(f"the number of classes must be at least 1, got {n_clusters}", "--classes 10, for example")
         if self.pipeline.data.limit is not None and self.pipeline.data.limit < 2:
             raise InputError(f"--limit must be at least 2, got {self.pipeline.data.limit}")
-        for stage in (getattr(self.pipeline, part) for part in PARTS):
+        if self.pipeline.robust is not None and n_clusters < 2:
+            raise InputError(f"RUC tells classes apart and needs at least 2, got {n_clusters}",
+                             "--classes 2, or leave the stage out: --set robust=none")
+        if isinstance(self.pipeline.cluster, KMeans) and self.pipeline.cluster.temperature == 0:
+            raise InputError("cluster.temperature=0 gives no classifier", "--set cluster.temperature=0.1")
+        for part, stage in ((part, getattr(self.pipeline, part)) for part in PARTS):
+            for fault in stage.option_faults() if hasattr(stage, "option_faults") else ():
+                raise InputError(f"{part}: {fault.message}", fault.hint)
             if not 0 <= (getattr(stage, "random_state", 0) or 0) < 2**32:
                 raise InputError(f"a seed must be from 0 to {2**32 - 1}, got {getattr(stage, 'random_state', 0)}")
 

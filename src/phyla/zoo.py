@@ -1,7 +1,7 @@
 """The authors' published checkpoints as our encoder, projection and cluster heads.
 
 Read are the files of SCAN (van Gansbeke et al. 2020: pretext, clustering and self-labelling, and what its scripts save
-in order to go on), of NNM, whose names are the same, of RUC (Park et al. 2021; the first of its two networks), of
+in order to go on), of NNM, whose names are the same, of RUC (Park et al. 2021; its two networks as one), of
 MoCo v2 (Chen et al. 2020), from which SCAN starts on ImageNet, of Super-AND and AND (Han et al. 2020, Huang et al.
 2019: encoder, projection and memory) and of TSUC (Han et al. 2020, stage 2). What a file is shows in its contents, not
 in its name. It is understood whole or refused, and no code in it is run.
@@ -26,6 +26,7 @@ from phyla.images.catalog import data_folders
 from phyla.layouts import AGAIN, MOCO_FILE, WANTED, Contents, Part, compare, contents, fault, filled
 from phyla.nets.heads import ClusterHeads, ClusterNet, NormalizedHeads, Projection
 from phyla.nets.resnet import SOBEL, Depth, Encoder, EncoderSpec, ResNet, Stem, TwoStream
+from phyla.refine.ruc import summed
 from phyla.storage import Allowed, read_checkpoint
 from phyla.training.device import Device
 from phyla.types import Embeddings, ImageSet
@@ -41,7 +42,7 @@ _ALLOWED: tuple[Allowed, ...] = (
     (_SCALAR, "numpy.core.multiarray.scalar"), (_SCALAR, "numpy._core.multiarray.scalar"),
     np.dtype, type(np.dtype(np.int64)), type(np.dtype(np.float64)))
 
-Kind = Literal["pretext", "scan", "selflabel", "moco", "superand", "tsuc"]
+Kind = Literal["pretext", "scan", "selflabel", "ruc", "moco", "superand", "tsuc"]
 
 N_TSUC_HEADS, TSUC_TEMPERATURE = 5, 0.1
 """Fixed in TSUC's code, and not in its files."""
@@ -53,14 +54,15 @@ class Published:
 
     Parameters
     ----------
-    kind : pretext (SimCLR), scan (clustering), selflabel (self-labelling; RUC too), moco, superand (AND too) or tsuc
-    encoder : in evaluation mode, on the CPU
+    kind : pretext (SimCLR), scan (clustering), selflabel (self-labelling), ruc, moco, superand (AND too) or tsuc
+    encoder : in evaluation mode, on the CPU; of RUC an ``Ensemble`` of its two networks
     projection : None where the file has none, or SCAN's or MoCo's is a linear one
-    heads : all cluster heads, None where the file has none; on the projection in tsuc, on the encoder in the others
+    heads : all cluster heads, None where the file has none; on the projection in tsuc, on the encoder in the others.
+        RUC's one head gives the sum of the logits of its two networks
     head : the best of ``heads`` if the file says so or there is only one
-    facts : n_features, n_projection, n_heads, n_clusters, and ``notes`` on what was left out; in superand and tsuc also
-        ``reported``, what the file tells about itself. Accuracies there were measured with true labels: nothing is
-        chosen by them
+    facts : n_features, n_projection, n_heads, n_clusters, and ``notes`` on what was left out or put together; in ruc
+        also ``n_networks``; in superand and tsuc ``reported``, what the file tells about itself. Accuracies there were
+        measured with true labels: nothing is chosen by them
     memory : of superand, float32 (n_images, n_projection), rows as training left them, in the order of its images
     """
 
@@ -121,6 +123,8 @@ def load_published(path: Path | str, *, stem: Stem | None = None) -> Published:
     encoder = _encoder(path, held, stem)
     projection = _projection(path, held, encoder.spec.n_features)
     heads = _heads(path, held, encoder.spec.n_features, projection)
+    if held.second is not None and heads is not None:
+        encoder, heads = _with_second(path, held, held.second, encoder, heads)
     memory = _memory(path, held.memory, projection)
     facts: dict[str, object] = {
         "n_features": encoder.spec.n_features, "n_projection": projection.n_out if projection else 0,
@@ -128,6 +132,8 @@ def load_published(path: Path | str, *, stem: Stem | None = None) -> Published:
         "notes": held.notes}
     if held.family in ("superand", "tsuc"):
         facts |= {"n_memory": 0 if memory is None else len(memory), "reported": held.reported}
+    if held.family == "ruc":
+        facts["n_networks"] = encoder.spec.members
     for note in held.notes:
         log.info("%s: %s", path.name, note)
     return Published(_kind(held, heads), encoder, projection, heads, _head(path, held.head, heads), facts, memory)
@@ -242,7 +248,8 @@ def _stem(path: Path, held: Contents, side: int, stem: Stem | None) -> Stem:
     stem = stem or fitting[0]
     if stem not in fitting:
         form = f"first convolution is {side}x{side}" + (", without a max-pool after it" if has_no_pool else "")
-        raise InputError(f"stem={stem} does not fit {path}, whose {form}", f"allowed: {', '.join(fitting)}")
+        raise InputError(f"stem={stem} does not fit {path}, whose {form}", f"allowed: {', '.join(fitting)}; "
+                         f"in a run: {' or '.join(f'--set pretrain.stem={one}' for one in fitting)}")
     return stem
 
 
@@ -276,6 +283,21 @@ def _heads(path: Path, held: Contents, n_features: int, projection: Projection |
     heads.weight.data = torch.stack([part.state[part.named(f"{h}.weight")].float() for h in range(n_heads)])
     heads.bias.data = torch.stack([part.state[part.named(f"{h}.bias")].float() for h in range(n_heads)])
     return heads.eval()
+
+
+def _with_second(path: Path, held: Contents, second: Contents, encoder: Encoder, heads: ClusterHeads
+                 ) -> tuple[Encoder, ClusterHeads]:
+    """Return RUC's two encoders as one, and the head on it whose logits are the sum of those of both networks.
+
+    ``encoder`` and ``heads`` are of the first network, which is whole; the second has to be of the same form.
+    """
+    shapes = {name.removeprefix("net1."): tuple(value.shape)
+              for name, value in (held.encoder.state | held.heads.state).items()}
+    compare(path, "net2 of the same form as net1", shapes,
+            Part(second.encoder.state | second.heads.state, lambda name: f"net2.{name}"))
+    others = _encoder(path, second, encoder.spec.stem), _heads(path, second, encoder.spec.n_features, None)
+    both = summed([ClusterNet(encoder, heads), ClusterNet(others[0], cast(ClusterHeads, others[1]))]).eval()
+    return cast(Encoder, both.encoder), both.heads
 
 
 def _fixed_heads(path: Path, part: Part, n_projection: int) -> ClusterHeads:

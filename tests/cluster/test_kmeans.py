@@ -154,6 +154,8 @@ def test_fewer_distinct_rows_than_clusters_is_said_once():
 def test_options_that_cannot_be(options, says):
     with pytest.raises(InputError, match=says):
         KMeans(**{"n_clusters": 3} | options).fit(np.random.default_rng(0).standard_normal((12, 3)))
+    told = [str(fault) for fault in KMeans(**{"n_clusters": 3} | options).option_faults()]
+    assert told == ([] if "images" in says else [f"{says}, got 0"] if "got" not in says else [says]), "without images"
 
 
 def test_embeddings_that_cannot_be():

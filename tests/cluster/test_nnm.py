@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -584,10 +585,15 @@ def test_defaults_are_the_published_configuration():
     ({"update": "head"}, r"update='head' is not allowed\. hint: did you mean heads"),
     ({"global_targets": "align"}, "did you mean aligned"), ({"global_view": "plain"}, "global_view='plain'"),
     ({"select": "oracle"}, "select='oracle'"),
+    ({"lr": -1.0}, "lr must be above 0 and finite, got -1.0"), ({"batch_size": 0}, "batch_size must be at least 2"),
+    ({"momentum": -1.0}, "momentum must be at least 0 and below 1, got -1.0"),
+    ({"weight_decay": -1.0}, "weight_decay must be at least 0 and finite, got -1.0"),
 ])
 def test_options_that_cannot_be_used_are_refused_before_any_work(fitted, options, said):
     with pytest.raises(InputError, match=said):
         fitted(**options)
+    if "needs at least" not in said:
+        assert re.search(said, str(next(tiny(**options).option_faults()))), "and can be told without the images"
 
 
 def test_an_encoder_and_neighbors_of_these_images_are_needed(noise, noise_neighbors, encoder):

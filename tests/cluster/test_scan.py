@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -492,11 +493,16 @@ def test_defaults_are_the_published_configuration():
     ({"optimizer": "adamw"}, "optimizer='adamw' is not allowed. hint: did you mean adam"),
     ({"update": "head"}, "update='head' is not allowed. hint: did you mean heads"),
     ({"forwards": "one"}, "forwards='one'"), ({"select": "best"}, "select='best'"),
+    ({"lr": -1.0}, "lr must be above 0 and finite, got -1.0"), ({"batch_size": 0}, "batch_size must be at least 2"),
+    ({"momentum": -1.0}, "momentum must be at least 0 and below 1, got -1.0"),
+    ({"weight_decay": -1.0}, "weight_decay must be at least 0 and finite, got -1.0"),
 ])
 def test_options_that_cannot_be_used_are_refused_before_any_work(options, said):
     rows, _ = blobs()
     with pytest.raises(InputError, match=said):
         tiny(**options).fit(rows)
+    if "needs at least" not in said:
+        assert re.search(said, str(next(tiny(**options).option_faults()))), "and can be told without the images"
 
 
 def test_images_need_an_encoder_and_neighbors_of_their_own(noise, noise_neighbors, encoder):

@@ -3,6 +3,7 @@
 import copy
 import logging
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -706,11 +707,18 @@ def test_defaults_are_the_published_configuration():
     ({"update": "heads"}, "update='heads' is not allowed"), ({"select": "best"}, "select='best'"),
     ({"layer": "heads"}, "layer='heads'"), ({"prototypes": "k-means"}, "did you mean kmeans"),
     ({"prototypes": "kmeans", "n_clusters": 4}, "hint: set norm=class_columns.* here 0.071"),
+    ({"prototypes": "kmeans", "layer": "encoder"}, r"temperature = 0\.1 \* sqrt\(n_clusters / features of the enc"),
+    ({"prototypes": "kmeans", "n_clusters": 0}, "n_clusters must be"), ({"lr_decay": -0.1}, "lr_decay must be above 0"),
+    ({"lr": -1.0}, "lr must be above 0 and finite, got -1.0"), ({"batch_size": 0}, "batch_size must be at least 2"),
+    ({"momentum": -1.0}, "momentum must be at least 0 and below 1, got -1.0"),
+    ({"weight_decay": -1.0}, "weight_decay must be at least 0 and finite, got -1.0"),
     ({"update": "projection", "layer": "encoder"}, "nothing to train.*hint: set trainable=true"),
 ])
 def test_options_that_cannot_be_used_are_refused_before_any_work(noise, encoder, options, said):
     with pytest.raises(InputError, match=said):
         tiny(**options).fit(noise, encoder=encoder)
+    if "needs at least" not in said:
+        assert re.search(said, str(next(tiny(**options).option_faults()))), "and can be told without the images"
 
 
 def test_parts_that_do_not_fit_together_are_refused(noise, encoder):

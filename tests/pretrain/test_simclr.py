@@ -1,6 +1,7 @@
 """SimCLR: its loss against loops, known and golden values; the fit against itself, cut short, resumed and misused."""
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -245,11 +246,14 @@ def test_defaults_are_the_published_configuration():
     ({"temperature": 0.0}, "temperature must be above 0, got 0.0"), ({"temperature": math.nan}, "above 0, got nan"),
     ({"n_epochs": 0}, "n_epochs must be at least 1, got 0"), ({"batch_size": 0}, "batch_size=0"),
     ({"batch_size": 1}, "batch_size=1 leaves no other image"), ({"n_projection": 0}, "n_projection must be at least 1"),
-    ({"warmup": "ten"}, "duration 'ten'"),
+    ({"warmup": "ten"}, "duration 'ten'"), ({"lr": -1.0}, "lr must be above 0 and finite, got -1.0"),
+    ({"momentum": 2.0}, "momentum must be at least 0 and below 1, got 2.0"), ({"lr_floor": -1.0}, "lr_floor must be"),
+    ({"weight_decay": -1.0}, "weight_decay must be at least 0 and finite, got -1.0"),
 ])
 def test_options_that_cannot_be_used_are_refused(digits, options, said):
     with pytest.raises(InputError, match=said):
         tiny(**options).fit(digits)
+    assert re.search(said, str(next(tiny(**options).option_faults()))), "and can be told without the images"
 
 
 def test_too_few_images_are_refused_and_two_suffice(digits):

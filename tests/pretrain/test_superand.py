@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -626,11 +627,15 @@ def test_published_network_has_the_published_size():
     ({"augmentation_weight": -1.0}, "augmentation_weight must be at least 0, got -1.0"),
     ({"unification_step": -0.2}, "unification_step must be at least 0, got -0.2"),
     ({"anchors_per_round": 1.5}, "anchors_per_round must be 0 to 1, got 1.5"),
-    ({"memory_momentum": 2.0}, "memory_momentum must be 0 to 1, got 2.0"),
+    ({"memory_momentum": 2.0}, "memory_momentum must be 0 to 1, got 2.0"), ({"batch_size": 0}, "batch_size=0 leaves"),
+    ({"lr": -1.0}, "lr must be above 0 and finite, got -1.0"), ({"lr": 0.0}, "lr must be above 0 and finite, got 0.0"),
+    ({"momentum": 2.0}, "momentum must be at least 0 and below 1, got 2.0"),
+    ({"weight_decay": -1.0}, "weight_decay must be at least 0 and finite, got -1.0"),
 ])
 def test_options_that_cannot_be_used_are_refused(digits, options, said):
     with pytest.raises(InputError, match=said):
         tiny(**options).fit(digits)
+    assert re.search(said, str(next(tiny(**options).option_faults()))), "and can be told without the images"
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,8 +22,10 @@ from phyla.images.batches import Order
 from phyla.neighbors import find_neighbors
 from phyla.nets.heads import ClusterHeads, ClusterNet, Projection
 from phyla.nets.resnet import EncoderSpec, Ensemble, ResNet
+from phyla.overrides import change
 from phyla.quality import label_free_temperature, neighbor_agreement, supported_share
 from phyla.randomness import generator
+from phyla.recipes import recipe
 from phyla.refine import ruc
 from phyla.refine.ruc import (
     RUC,
@@ -36,7 +39,6 @@ from phyla.refine.ruc import (
     ramp,
     sharpen,
     smoothed_cross_entropy,
-    staircase,
     summed,
 )
 from phyla.training.device import choose_device
@@ -177,9 +179,6 @@ def test_known_values():
                                atol=5e-5)
     assert [ramp(t) for t in (0, 19, 20, 100, 200, 999)] == [0.1, 0.1, 0.1, 0.5, 1.0, 1.0]
     assert ramp(3, length=4) == 0.75
-    steps = [staircase(e, start=0.90, rise=0.02, every=40) for e in (0, 39, 40, 79, 199)]
-    assert steps == pytest.approx([0.90, 0.90, 0.92, 0.92, 0.98])
-    assert staircase(199, start=0.99, rise=0.0, every=40) == 0.99
     assert cosine(100, n_epochs=200, lr=0.01) == pytest.approx(0.005)
 
 
@@ -514,8 +513,17 @@ def test_few_images_still_have_three_voters(noise, noise_embeddings, net):
 
 
 def test_without_a_trusted_label_it_refuses_and_says_what_to_do(noise, net):
-    with pytest.raises(InputError, match=r"no label is trusted: the largest confidence is 0.9996. hint: lower conf"):
+    with pytest.raises(InputError, match=r"no label is trusted: the largest confidence is 0.9996") as raised:
         tiny(confidence_threshold=0.99999).fit(noise, net=net)
+    typed = re.findall(r"--set (\S+?)(?:,|$)", str(raised.value.hint))
+    typed = [text.split(" ")[0] for text in typed]
+    assert typed == ["robust.split=metric", "robust.confidence_threshold=0.90", "robust=none"]
+    pipeline = recipe("ruc-digits")
+    for text in typed:
+        pipeline = change(pipeline, *text.split("="))
+    assert pipeline.robust is None, "each of them can be typed"
+    lower = float(typed[1].split("=")[1])
+    assert tiny(confidence_threshold=lower, n_epochs=1).fit(noise, net=net).initial_clean_.any(), "and helps"
 
 
 def test_a_cluster_without_a_trusted_image_is_warned_of(noise, net):
@@ -652,6 +660,25 @@ def test_a_collapse_is_warned_of(colors, found, monkeypatch):
     assert len(np.unique(method.labels_)) == 1 and any("emptied 2 of 3" in notice for notice in method.notices_)
 
 
+def test_emptied_clusters_never_raise_the_confidence(colors, color_neighbors, found, monkeypatch):
+    monkeypatch.setattr(ruc, "label_free_temperature", lambda logits, near: 0.141)
+    options = {"split": "confidence", "temperature": "label_free", "n_epochs": 1}
+    healthy = refine(**options | {"n_epochs": 3}).fit(colors[0], net=found, neighbors=color_neighbors)
+    assert len(np.unique(healthy.labels_)) == 3 and healthy.temperature_ == 0.141
+    assert not any("fewer clusters" in notice or "is not used" in notice for notice in healthy.notices_)
+
+    monkeypatch.setattr(ruc, "smoothed_cross_entropy", lambda logits, *a, **k: 50 * nn.functional.cross_entropy(
+        logits, torch.zeros(len(logits), dtype=torch.int64)))
+    with pytest.warns(CollapseWarning, match="RUC emptied 2 of 3 clusters"):
+        lost = refine(**options).fit(colors[0], net=found, neighbors=color_neighbors)
+    assert lost.temperature_ == 1.0 and lost.scores_["after"] == 1.0
+    assert any("label-free temperature, 0.141, is not used" in notice for notice in lost.notices_)
+    assert any(notice.endswith("1.0000 after; fewer clusters raise it by themselves") for notice in lost.notices_)
+    monkeypatch.setattr(ruc, "label_free_temperature", lambda logits, near: 3.0)
+    cooled = refine(**options).fit(colors[0], net=found, neighbors=color_neighbors)
+    assert cooled.temperature_ == 3.0, "lowering the confidence is always allowed"
+
+
 # ── resume ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -726,7 +753,10 @@ def test_defaults_are_the_published_configuration():
     ({"confidence_threshold": math.nan}, "confidence_threshold must be at least 0, got nan"),
     ({"noisy_weight": -1.0}, "noisy_weight"), ({"ramp_length": 0}, "ramp_length"), ({"lr": 0.0}, "lr must be above 0"),
     ({"sharpen_temperature": 0.0}, "sharpen_temperature"), ({"mixup_alpha": 0.0}, "mixup_alpha"),
-    ({"smoothing": 1.0}, "smoothing=1.0 and momentum=0.9 must be below 1"), ({"momentum": 1.0}, "momentum=1.0"),
+    ({"smoothing": 1.0}, "smoothing must be at least 0 and below 1, got 1.0"), ({"smoothing": math.nan}, "smoothing"),
+    ({"lr": -1.0}, "lr must be above 0 and finite, got -1.0"), ({"batch_size": 0}, "batch_size must be at least 2"),
+    ({"momentum": -1.0}, "momentum must be at least 0 and below 1, got -1.0"),
+    ({"weight_decay": -1.0}, "weight_decay must be at least 0 and finite, got -1.0"),
     ({"split": "hybird"}, "split='hybird' is not allowed. hint: did you mean hybrid"),
     ({"forwards": "two"}, "forwards='two'"), ({"temperature": "auto"}, "temperature='auto'"),
     ({"views": Views("strong", 16)}, "views of kind 'strong' are not allowed. hint: use the kind ruc_strong"),
@@ -736,6 +766,8 @@ def test_defaults_are_the_published_configuration():
 def test_options_that_cannot_be_used_are_refused_before_any_work(noise, net, options, said):
     with pytest.raises(InputError, match=said):
         tiny(**options).fit(noise, net=net)
+    if "needs" not in said:
+        assert re.search(said, str(next(tiny(**options).option_faults()))), "and can be told without the images"
 
 
 def test_networks_embeddings_and_neighbors_that_do_not_fit_are_refused(noise, noise_neighbors, noise_embeddings, net):

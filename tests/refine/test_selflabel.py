@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -473,10 +474,14 @@ def test_defaults_are_the_published_configuration():
     ({"n_selection_neighbors": 0}, "n_selection_neighbors"), ({"n_epochs": 0}, "n_epochs must be at least 1"),
     ({"ema": "write-back"}, "ema='write-back' is not allowed. hint: did you mean write_back"),
     ({"weak_mode": "eval"}, "weak_mode='eval'"), ({"keep": "best"}, "keep='best'"), ({"optimizer": "lamb"}, "'lamb'"),
+    ({"lr": -1.0}, "lr must be above 0 and finite, got -1.0"), ({"batch_size": 0}, "batch_size must be at least 2"),
+    ({"momentum": -1.0}, "momentum must be at least 0 and below 1, got -1.0"),
+    ({"weight_decay": -1.0}, "weight_decay must be at least 0 and finite, got -1.0"),
 ])
 def test_options_that_cannot_be_used_are_refused_before_any_work(noise, net, options, said):
     with pytest.raises(InputError, match=said):
         tiny(**options).fit(noise, net=net)
+    assert re.search(said, str(next(tiny(**options).option_faults()))), "and can be told without the images"
 
 
 def test_networks_and_neighbors_that_do_not_fit_are_refused(noise, noise_neighbors, net):

@@ -19,6 +19,15 @@ class Some:
     text: str = "anything"
 
 
+@dataclass
+class Training:
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    n_epochs: int = 1
+    share: float = 0.5
+
+
 def told(**values: object) -> list[str]:
     return [str(fault) for fault in faults(Some(**values), least={"n": 1}, above={"temperature": 0})]
 
@@ -36,6 +45,26 @@ def test_what_is_in_its_range_has_no_fault() -> None:
 def test_a_fault_names_the_option_the_value_and_what_is_allowed(values: dict[str, object], said: str) -> None:
     (found,) = told(**values)
     assert found.startswith(said)
+
+
+@pytest.mark.parametrize(("values", "said"), [
+    ({"lr": 0.0}, "lr must be above 0 and finite, got 0.0"), ({"lr": -1.0}, "lr must be above 0 and finite, got -1.0"),
+    ({"lr": math.inf}, "lr must be above 0 and finite, got inf"), ({"lr": math.nan}, "lr must be above 0 and finite"),
+    ({"momentum": -0.1}, "momentum must be at least 0 and below 1, got -0.1"),
+    ({"momentum": 1.0}, "momentum must be at least 0 and below 1, got 1.0"), ({"momentum": math.nan}, "momentum must"),
+    ({"weight_decay": -1.0}, "weight_decay must be at least 0 and finite, got -1.0"),
+    ({"weight_decay": math.inf}, "weight_decay must be at least 0 and finite, got inf"),
+    ({"n_epochs": 0}, "n_epochs must be at least 1, got 0"),
+    ({"share": 1.0}, "share must be at least 0 and below 1, got 1.0"), ({"share": -0.5}, "share must be at least 0"),
+])
+def test_what_every_training_has_is_judged_by_its_name(values: dict[str, float], said: str) -> None:
+    (found,) = faults(Training(**values), below_one=("share",))
+    assert str(found).startswith(said)
+
+
+def test_the_ends_of_what_is_allowed_have_no_fault() -> None:
+    assert not list(faults(Training(lr=1e-12, momentum=0.0, share=0.0), below_one=("share",)))
+    assert not list(faults(Training(lr=30.0, momentum=0.999, weight_decay=5.0, n_epochs=9999), below_one=("share",)))
 
 
 def test_every_fault_is_told() -> None:

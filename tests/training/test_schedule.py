@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 
 from phyla.errors import InputError
-from phyla.training.schedule import cosine, n_steps, step_decay, warm_up
+from phyla.training.schedule import cosine, n_steps, staircase, step_decay, warm_up
 
 
 def steps(duration: str) -> int:
@@ -50,6 +50,12 @@ def test_step_decay_counts_the_milestones_strictly_below() -> None:
     assert rates == pytest.approx([1, 1, 1, 0.1, 0.1, 0.01, 0.01])
     assert step_decay(3, lr=2.0, milestones=(), decay=0.5) == 2.0
     assert step_decay(3, lr=2.0, milestones=(1, 2), decay=0.5) == 0.5
+
+
+def test_a_staircase_rises_every_so_many_epochs() -> None:
+    steps = [staircase(epoch, start=0.90, rise=0.02, every=40) for epoch in (0, 39, 40, 79, 199)]
+    assert steps == pytest.approx([0.90, 0.90, 0.92, 0.92, 0.98])
+    assert staircase(199, start=0.99, rise=0.0, every=40) == 0.99
 
 
 def test_warm_up_rises_from_one_step_to_one_and_stays() -> None:

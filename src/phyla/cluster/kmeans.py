@@ -6,6 +6,7 @@ to length 1, so that squared distance is 2 - 2·cosine.
 """
 
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,7 @@ from sklearn.utils.validation import check_is_fitted
 from phyla.errors import CollapseWarning, InputError
 from phyla.neighbors import check_embeddings
 from phyla.nets.heads import ClusterHeads
+from phyla.training.options import faults
 from phyla.types import Embeddings
 
 _DISTANCES = 1 << 23  # distances held at once in float64: 64 MB
@@ -72,7 +74,8 @@ class KMeans(ClusterMixin, BaseEstimator):
             An option out of its range, more clusters than images, or embeddings that are not finite.
         """
         rows = self._rows(embeddings)
-        self._check_options(len(rows))
+        for fault in self._faults(len(rows)):
+            raise fault
         lloyd = LloydKMeans(n_clusters=self.n_clusters, n_init=self.n_init, max_iter=self.n_iterations,
                             random_state=self.random_state)
         with warnings.catch_warnings():  # of too few distinct points; said below in our own words
@@ -118,13 +121,14 @@ class KMeans(ClusterMixin, BaseEstimator):
         heads.bias.data = (-self.temperature * centers.square().sum(dim=1) / 2).float()[None]
         return heads
 
-    def _check_options(self, n_images: int) -> None:
-        for name, value, least in (("n_clusters", self.n_clusters, 1), ("n_init", self.n_init, 1),
-                                   ("n_iterations", self.n_iterations, 1), ("temperature", self.temperature, 0)):
-            if not value >= least:
-                raise InputError(f"{name} must be at least {least}, got {value}")
+    def option_faults(self) -> Iterator[InputError]:
+        """Yield what is wrong with the options by themselves, an error each: what can be told before any work."""
+        yield from faults(self, least={"n_clusters": 1, "n_init": 1, "n_iterations": 1, "temperature": 0})
+
+    def _faults(self, n_images: int) -> Iterator[InputError]:
+        yield from self.option_faults()
         if self.n_clusters > n_images:
-            raise InputError(f"n_clusters={self.n_clusters} needs at least {self.n_clusters} images, got {n_images}",
+            yield InputError(f"n_clusters={self.n_clusters} needs at least {self.n_clusters} images, got {n_images}",
                              "lower n_clusters or add images")
 
     def _new_rows(self, embeddings: Embeddings | np.ndarray) -> np.ndarray:

@@ -308,10 +308,14 @@ class NNM(ClusterMixin, BaseEstimator):
     def _matches_all(self) -> bool:
         return self.global_targets != "off" and self.global_weight > 0
 
-    def _faults(self, images: ImageSet, neighbors: Neighbors | None,
-                watched: tuple[ImageSet, Neighbors] | None) -> Iterator[InputError]:
+    def option_faults(self) -> Iterator[InputError]:
+        """Yield what is wrong with the options by themselves, an error each: what can be told before any work."""
         yield from faults(self, least={"n_clusters": 1, "n_heads": 1, "n_selection_neighbors": 1, "batch_size": 2,
                                        "global_weight": 0})
+
+    def _faults(self, images: ImageSet, neighbors: Neighbors | None,
+                watched: tuple[ImageSet, Neighbors] | None) -> Iterator[InputError]:
+        yield from self.option_faults()
         if len(images) < max(2, self.n_clusters):
             yield InputError(f"n_clusters={self.n_clusters} needs at least {max(2, self.n_clusters)} images, "
                              f"got {len(images)}", "lower n_clusters or add images")

@@ -230,10 +230,20 @@ class SCAN(ClusterMixin, BaseEstimator):
             raise InputError("SCAN on images needs their neighbors", "phyla.neighbors.find_neighbors(embeddings, 20)")
         return find_neighbors(_rows(images), min(20, len(images) - 1))
 
-    def _faults(self, images: ImageSet | Embeddings | np.ndarray, encoder: nn.Module | None,
-                watched: Watched | None) -> Iterator[InputError]:
+    def option_faults(self) -> Iterator[InputError]:
+        """Yield what is wrong with the options by themselves, an error each: what can be told before any work."""
         yield from faults(self, least={"n_clusters": 1, "n_heads": 1, "n_selection_neighbors": 1, "cached_views": 0,
                                        "batch_size": 2})
+        if self.cached_views and self.update == "all":
+            yield InputError("cached_views needs a frozen encoder", "set update=heads, or cached_views=0")
+        prior = self.class_prior
+        if prior is not None and not (len(prior) == self.n_clusters and min(prior) >= 0
+                                      and abs(sum(prior) - 1) < 1e-3):
+            yield InputError(f"class_prior needs {self.n_clusters} shares of 0 to 1 that sum to 1, got {prior}")
+
+    def _faults(self, images: ImageSet | Embeddings | np.ndarray, encoder: nn.Module | None,
+                watched: Watched | None) -> Iterator[InputError]:
+        yield from self.option_faults()
         if len(images) < max(2, self.n_clusters):
             yield InputError(f"n_clusters={self.n_clusters} needs at least {max(2, self.n_clusters)} images, "
                              f"got {len(images)}", "lower n_clusters or add images")
@@ -241,12 +251,6 @@ class SCAN(ClusterMixin, BaseEstimator):
             yield InputError("SCAN on images needs an encoder", "fit SimCLR first and pass encoder=simclr.encoder_")
         if not isinstance(images, ImageSet) and (encoder is not None or watched is not None):
             yield InputError("embeddings come without an encoder and watched images", "pass the images instead")
-        if self.cached_views and self.update == "all":
-            yield InputError("cached_views needs a frozen encoder", "set update=heads, or cached_views=0")
-        prior = self.class_prior
-        if prior is not None and not (len(prior) == self.n_clusters and min(prior) >= 0
-                                      and abs(sum(prior) - 1) < 1e-3):
-            yield InputError(f"class_prior needs {self.n_clusters} shares of 0 to 1 that sum to 1, got {prior}")
         if watched is not None:
             _check_neighbors(watched.neighbors, len(watched.images))
 

@@ -269,22 +269,28 @@ class TSUC(ClusterMixin, BaseEstimator):
         found = forward_all(images, net, lambda views: net(views).argmax(2).T, self.views.plain(), device=device)
         return found.T.cpu().numpy()
 
-    def _faults(self, images: ImageSet) -> Iterator[InputError]:
-        yield from faults(self, least={"n_clusters": 1, "n_heads": 1, "n_projection": 1, "n_epochs": 1, "batch_size": 2,
+    def option_faults(self) -> Iterator[InputError]:
+        """Yield what is wrong with the options by themselves, an error each: what can be told before any work."""
+        yield from faults(self, least={"n_clusters": 1, "n_heads": 1, "n_projection": 1, "batch_size": 2,
                                        "consistency_weight": 0, "lr_drop_epoch": 0, "lr_drop_every": 1},
-                          above={"temperature": 0, "consistency_temperature": 0})
+                          above={"temperature": 0, "consistency_temperature": 0, "lr_decay": 0})
+        if self.prototypes == "kmeans" and self.norm != "class_columns":
+            same = "0.1 * sqrt(n_clusters / features of the encoder)" if self.layer == "encoder" else (
+                "0.1 * sqrt(n_clusters / n_projection), here "
+                f"{0.1 * math.sqrt(max(0, self.n_clusters) / max(1, self.n_projection)):.3f}")
+            yield InputError("prototypes='kmeans' are directions, which norm='feature_rows' would turn",
+                             f"set norm=class_columns, and for the same sharpness temperature = {same}")
+        if self.update == "projection" and self.layer == "encoder" and not self.trainable:
+            yield _nothing_to_train()
+
+    def _faults(self, images: ImageSet) -> Iterator[InputError]:
+        yield from self.option_faults()
         if not isinstance(images, ImageSet):
             yield InputError(f"TSUC clusters images, of which it takes random views; got {type(images).__name__}",
                              "pass an ImageSet, or cluster embeddings with SCAN or KMeans")
         if len(images) < max(2, self.n_clusters):
             yield InputError(f"n_clusters={self.n_clusters} needs at least {max(2, self.n_clusters)} images, "
                              f"got {len(images)}", "lower n_clusters or add images")
-        if self.prototypes == "kmeans" and self.norm != "class_columns":
-            yield InputError("prototypes='kmeans' are directions, which norm='feature_rows' would turn",
-                             "set norm=class_columns, and for the same sharpness temperature = 0.1 * sqrt(n_clusters / "
-                             f"n_projection), here {0.1 * math.sqrt(self.n_clusters / self.n_projection):.3f}")
-        if self.update == "projection" and self.layer == "encoder" and not self.trainable:
-            yield _nothing_to_train()
 
     def _key(self, images: ImageSet, encoder: nn.Module, projection: Projection | None) -> str:
         given = [None if net is None else weights_fingerprint(net) for net in (encoder, projection)]

@@ -10,6 +10,7 @@ Differs from the authors' code: seeded, resumable; the order of the 2B views in 
 not see it).
 """
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from phyla.randomness import generator
 from phyla.storage import fingerprint
 from phyla.training.device import Device, choose_device
 from phyla.training.loop import Loop
+from phyla.training.options import faults
 from phyla.training.schedule import cosine, n_steps, warm_up
 from phyla.types import ImageSet
 
@@ -100,7 +102,8 @@ class SimCLR(TransformerMixin, BaseEstimator):
         NonFiniteLossError
             The loss became NaN or infinite.
         """
-        self._validate(images)
+        for fault in self._faults(images):
+            raise fault
         device = device or choose_device("cpu")
         encoder, projection = self._build()
         net = device.place(nn.Sequential(encoder, projection)).train()
@@ -137,15 +140,20 @@ class SimCLR(TransformerMixin, BaseEstimator):
         check_is_fitted(self)
         return embed(images, self.encoder_, self.views.plain()).values
 
-    def _validate(self, images: ImageSet) -> None:
-        if not self.temperature > 0:
-            raise InputError(f"temperature must be above 0, got {self.temperature}")
-        if self.n_projection < 1:
-            raise InputError(f"n_projection must be at least 1, got {self.n_projection}")
+    def option_faults(self) -> Iterator[InputError]:
+        """Yield what is wrong with the options by themselves, an error each: what can be told before any work."""
+        yield from faults(self, least={"n_projection": 1, "lr_floor": 0}, above={"temperature": 0})
         if self.batch_size < 2:
-            raise InputError(f"batch_size={self.batch_size} leaves no other image to compare with", "at least 2")
+            yield InputError(f"batch_size={self.batch_size} leaves no other image to compare with", "at least 2")
+        try:
+            n_steps(self.warmup, steps_per_epoch=1, batch_size=1, total_steps=1)
+        except InputError as fault:
+            yield fault
+
+    def _faults(self, images: ImageSet) -> Iterator[InputError]:
+        yield from self.option_faults()
         if len(images) < 2:
-            raise InputError(f"SimCLR needs at least 2 images, got {len(images)}")
+            yield InputError(f"SimCLR needs at least 2 images, got {len(images)}")
 
     def _build(self) -> tuple[Encoder, Projection]:
         source = generator(self.random_state, "simclr weights")

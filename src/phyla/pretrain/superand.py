@@ -15,9 +15,9 @@ logarithm of 1 - p is exact where p is nearly 1; no label chooses a checkpoint; 
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args, get_origin
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
 from phyla.embed import embed
-from phyla.errors import InputError, nearest
+from phyla.errors import InputError
 from phyla.images.augment import Views
 from phyla.images.batches import Order, open_pixels
 from phyla.neighbors import find_neighbors
@@ -38,6 +38,7 @@ from phyla.randomness import generator
 from phyla.storage import fingerprint
 from phyla.training.device import Device, choose_device
 from phyla.training.loop import Loop
+from phyla.training.options import faults
 from phyla.types import Embeddings, ImageSet
 
 MemoryView = Literal["second", "average"]
@@ -363,25 +364,19 @@ class SuperAND(TransformerMixin, BaseEstimator):
         memory.initialise(generator(self.random_state, "superand memory"))
         return encoder, projection, memory
 
-    def _faults(self, images: ImageSet) -> Iterator[InputError]:
-        for name in ("temperature", "batch_temperature", "lr_decay"):
-            if not getattr(self, name) > 0:
-                yield InputError(f"{name} must be above 0, got {getattr(self, name)}")
-        for name in ("n_projection", "n_rounds", "n_epochs", "lr_drop_every", "unification_every"):
-            if getattr(self, name) < 1:
-                yield InputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("augmentation_weight", "unification_step", "lr_drop_epoch"):
-            if not getattr(self, name) >= 0:
-                yield InputError(f"{name} must be at least 0, got {getattr(self, name)}")
+    def option_faults(self) -> Iterator[InputError]:
+        """Yield what is wrong with the options by themselves, an error each: what can be told before any work."""
+        yield from faults(self, least={"n_projection": 1, "n_rounds": 1, "lr_drop_every": 1, "unification_every": 1,
+                                       "lr_drop_epoch": 0, "augmentation_weight": 0, "unification_step": 0},
+                          above={"temperature": 0, "batch_temperature": 0, "lr_decay": 0})
         for name in ("anchors_per_round", "memory_momentum"):
             if not 0 <= getattr(self, name) <= 1:
                 yield InputError(f"{name} must be 0 to 1, got {getattr(self, name)}")
-        for field in fields(self):
-            value, allowed = getattr(self, field.name), get_args(field.type)
-            if get_origin(field.type) is Literal and value not in allowed:
-                yield InputError(f"{field.name}={value!r} is not allowed", nearest(str(value), list(allowed)))
         if self.batch_size < 2:
             yield InputError(f"batch_size={self.batch_size} leaves no other image to compare with", "at least 2")
+
+    def _faults(self, images: ImageSet) -> Iterator[InputError]:
+        yield from self.option_faults()
         if len(images) < 2:
             yield InputError(f"Super-AND needs at least 2 images, got {len(images)}")
 

@@ -41,14 +41,13 @@ from phyla.storage import fingerprint
 from phyla.training.device import Device, choose_device
 from phyla.training.loop import Loop, Stateful
 from phyla.training.options import faults
-from phyla.training.schedule import cosine
+from phyla.training.schedule import cosine, staircase
 from phyla.types import Embeddings, ImageSet, Neighbors
 
 log = logging.getLogger("phyla")
 
-_LEAST = {"n_epochs": 1, "batch_size": 2, "n_neighbors": 1, "refurbish_every": 1, "ramp_length": 1,
-          "confidence_threshold": 0, "refurbish_threshold": 0, "noisy_weight": 0, "smoothing": 0, "momentum": 0,
-          "weight_decay": 0}
+_LEAST = {"batch_size": 2, "n_neighbors": 1, "refurbish_every": 1, "ramp_length": 1, "confidence_threshold": 0,
+          "refurbish_threshold": 0, "noisy_weight": 0}
 
 Probabilities = Float[Tensor, "batch clusters"]
 
@@ -63,13 +62,7 @@ def co_refine(labels: Int[Tensor, " batch"], peer: Probabilities, weight: Float[
               temperature: float) -> Probabilities:
     """Return targets of clean images: their label, to a share of ``weight`` replaced by the peer's probabilities.
 
-    Parameters
-    ----------
-    weight : 0 (all label) to 1 (all peer): the peer's confidence
-
-    Notes
-    -----
-    sharpen((1 - w_i) onehot(y_i) + w_i r_i, temperature).
+    sharpen((1 - w_i) onehot(y_i) + w_i r_i, temperature), w from 0 (all label) to 1 (all peer): the peer's confidence.
     """
     one_hot = nn.functional.one_hot(labels, peer.shape[1]).to(peer.dtype)
     return sharpen((1 - weight)[:, None] * one_hot + weight[:, None] * peer, temperature=temperature)
@@ -128,11 +121,6 @@ def _share(rows: Bool[Tensor, " batch"], dtype: torch.dtype) -> Float[Tensor, " 
 def ramp(epoch: float, *, length: float = 200) -> float:
     """Return the share of the noisy weight at ``epoch``: epoch / length, at least 0.1 and at most 1."""
     return min(max(epoch / length, 0.1), 1.0)
-
-
-def staircase(epoch: int, *, start: float, rise: float, every: int) -> float:
-    """Return start + rise * floor(epoch / every): the confidence at which an unsure image is given a label."""
-    return start + rise * (epoch // every)
 
 
 def mixing_share(alpha: float, source: torch.Generator) -> float:
@@ -246,7 +234,8 @@ class RUC(ClusterMixin, BaseEstimator):
     n_epochs, batch_size : an epoch is a pass of either network over all images
     forwards : faithful: both networks see whole batches; cheap: only what is used, in BatchNorm's smaller batches
     temperature : of the result's softmax. none: of the sum of the logits; average: 2, the softmax of their mean;
-        label_free: the mean confidence is made the share of images whose neighbors vote for their cluster
+        label_free: the mean confidence is made the share of images whose neighbors vote for their cluster, but never
+        raised where clusters were emptied, because fewer clusters win more votes by themselves
     random_state : seed of heads, order, views and MixUp
     """
 
@@ -367,13 +356,16 @@ class RUC(ClusterMixin, BaseEstimator):
         """Return the cluster of new images, int64 (n_images,)."""
         return self.predict_proba(images).argmax(axis=1)
 
-    def _faults(self, images: ImageSet, net: ClusterNet, embeddings: Embeddings | None, neighbors: Neighbors | None,
-                watched: tuple[ImageSet, Neighbors] | None) -> Iterator[InputError]:
-        yield from faults(self, least=_LEAST, above={"sharpen_temperature": 0, "mixup_alpha": 0, "lr": 0})
-        if max(self.smoothing, self.momentum) >= 1:
-            yield InputError(f"smoothing={self.smoothing} and momentum={self.momentum} must be below 1")
+    def option_faults(self) -> Iterator[InputError]:
+        """Yield what is wrong with the options by themselves, an error each: what can be told before any work."""
+        yield from faults(self, least=_LEAST, above={"sharpen_temperature": 0, "mixup_alpha": 0},
+                          below_one=("smoothing",))
         if self.views.kind != "ruc_strong":
             yield InputError(f"views of kind {self.views.kind!r} are not allowed", "use the kind ruc_strong")
+
+    def _faults(self, images: ImageSet, net: ClusterNet, embeddings: Embeddings | None, neighbors: Neighbors | None,
+                watched: tuple[ImageSet, Neighbors] | None) -> Iterator[InputError]:
+        yield from self.option_faults()
         if len(images) < 2:
             yield InputError(f"RUC needs at least 2 images, got {len(images)}", "add images")
         if net.heads.n_heads != 1 or net.heads.n_clusters < 2:
@@ -409,8 +401,10 @@ class RUC(ClusterMixin, BaseEstimator):
             if self.n_voters_ < self.n_neighbors:
                 self._note(f"RUC asked {self.n_voters_} and not {self.n_neighbors} neighbors: half a mean cluster")
         if not clean.any():
+            lower = 0.9 * min(self.confidence_threshold, float(confidence.max()))
             raise InputError(f"no label is trusted: the largest confidence is {float(confidence.max()):.4f}",
-                             "lower confidence_threshold, or set split=metric")
+                             f"--set robust.split=metric, a lower --set robust.confidence_threshold={lower:.2f}, or "
+                             "leave the stage out: --set robust=none")
         self.initial_labels_, trusted = labels.cpu().numpy(), clean.cpu().numpy()
         n_used = len(np.unique(self.initial_labels_))
         if lost := n_used - len(np.unique(self.initial_labels_[trusted])):
@@ -449,12 +443,13 @@ class RUC(ClusterMixin, BaseEstimator):
         self._note(f"the mean confidence is {self.probabilities_.max(axis=1).mean():.3f} at a temperature of "
                    f"{self.temperature_:.3f} of the summed logits")
         self.scores_: dict[str, float] = {}
+        n_before, n_after = len(np.unique(self.initial_labels_)), len(np.unique(self.labels_))
         if judge[1] is not None:
             for name, net in (("before", before), ("after", self.net_)):
                 self.scores_[name] = neighbor_agreement(self._labels(net, judge[0], device), judge[1])
             self._note(f"neighbors in the same cluster: {self.scores_['before']:.4f} before RUC, "
-                       f"{self.scores_['after']:.4f} after")
-        n_before, n_after = len(np.unique(self.initial_labels_)), len(np.unique(self.labels_))
+                       f"{self.scores_['after']:.4f} after"
+                       + ("; fewer clusters raise it by themselves" if n_after < n_before else ""))
         if n_after < n_before:
             self._note(f"RUC emptied {n_before - n_after} of {n_before} clusters")
             warnings.warn(self.notices_[-1], CollapseWarning, stacklevel=3)
@@ -471,7 +466,11 @@ class RUC(ClusterMixin, BaseEstimator):
         if embeddings is not None and watched is None:  # as many voters as for the split judge better than a few
             near = find_neighbors(embeddings, max(1, self.n_voters_ - 1), device=device.device)
         logits = forward_all(shown, self.net_, lambda views: self.net_(views)[0], self.views.plain(), device=device)
-        return 1.0 if near is None else label_free_temperature(logits, near)
+        found = 1.0 if near is None else label_free_temperature(logits, near)
+        if found < 1 and len(np.unique(self._labels(self.net_, images, device))) < len(np.unique(self.initial_labels_)):
+            self._note(f"the label-free temperature, {found:.3f}, is not used: with emptied clusters it only flatters")
+            return 1.0
+        return found
 
     def _note(self, notice: str) -> None:
         self.notices_.append(notice)

@@ -195,12 +195,14 @@ class SelfLabel(ClusterMixin, BaseEstimator):
         """Return the cluster of new images, int64 (n_images,)."""
         return self.predict_proba(images).argmax(axis=1)
 
+    def option_faults(self) -> Iterator[InputError]:
+        """Yield what is wrong with the options by themselves, an error each: what can be told before any work."""
+        yield from faults(self, least={"patience": 1, "n_selection_neighbors": 1, "batch_size": 2},
+                          below_one=("threshold", "ema_decay"))
+
     def _faults(self, images: ImageSet, net: ClusterNet, neighbors: Neighbors | None,
                 watched: tuple[ImageSet, Neighbors] | None) -> Iterator[InputError]:
-        for name in ("threshold", "ema_decay"):
-            if not 0 <= getattr(self, name) < 1:
-                yield InputError(f"{name} must be at least 0 and below 1, got {getattr(self, name)}")
-        yield from faults(self, least={"patience": 1, "n_selection_neighbors": 1, "batch_size": 2})
+        yield from self.option_faults()
         if len(images) < 2:
             yield InputError(f"self-labelling needs at least 2 images, got {len(images)}", "add images")
         if net.heads.n_heads != 1:

@@ -1,6 +1,7 @@
 """What the options of all methods share: how a value that cannot be used is told, and the optimizer that one names."""
 
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import Field, fields
 from typing import Any, ClassVar, Literal, Protocol, get_args, get_origin, runtime_checkable
 
@@ -8,6 +9,15 @@ import torch
 from torch import nn
 
 from phyla.errors import InputError, nearest
+
+_IS_SHARE = ("at least 0 and below 1", lambda value: 0 <= value < 1)
+_USUAL: Mapping[str, tuple[str, Callable[[float], bool]]] = {
+    "lr": ("above 0 and finite", lambda value: 0 < value < math.inf),
+    "weight_decay": ("at least 0 and finite", lambda value: 0 <= value < math.inf),
+    "momentum": _IS_SHARE,
+    "n_epochs": ("at least 1", lambda value: value >= 1),
+}
+"""What a field of each of these names must be in any method, in words and as a test; NaN passes none."""
 
 
 @runtime_checkable
@@ -18,15 +28,23 @@ class Options(Protocol):
 
 
 def faults(options: Options, *, least: Mapping[str, float] | None = None,
-           above: Mapping[str, float] | None = None) -> Iterator[InputError]:
+           above: Mapping[str, float] | None = None, below_one: Sequence[str] = ()) -> Iterator[InputError]:
     """Yield what is wrong with ``options``, an error each: numbers out of their range, and words that are not allowed.
+
+    Fields called lr, momentum, weight_decay and n_epochs are judged in every method, without being named here.
 
     Parameters
     ----------
     options : a dataclass; a field declared as ``Literal`` must hold one of its words
     least : the least value of some fields, itself allowed
     above : what some fields must be above
+    below_one : fields that must be at least 0 and below 1
     """
+    held = {field.name for field in fields(options)}
+    usual = {name: rule for name, rule in _USUAL.items() if name in held}
+    for name, (words, allows) in (usual | dict.fromkeys(below_one, _IS_SHARE)).items():
+        if not allows(getattr(options, name)):
+            yield InputError(f"{name} must be {words}, got {getattr(options, name)}")
     for word, bounds in (("at least", least), ("above", above)):
         for name, bound in (bounds or {}).items():
             value = getattr(options, name)

@@ -33,6 +33,11 @@ def step_decay(epoch: float, *, lr: float, milestones: tuple[int, ...], decay: f
     return lr * decay ** sum(milestone < epoch for milestone in milestones)
 
 
+def staircase(epoch: int, *, start: float, rise: float, every: int) -> float:
+    """Return start + rise * floor(epoch / every)."""
+    return start + rise * (epoch // every)
+
+
 def warm_up(step: int, *, steps: int) -> float:
     """Return the factor, rising from 1/steps to 1, that a warm-up of ``steps`` steps puts on the learning rate."""
     return min(1.0, (step + 1) / steps) if steps else 1.0
