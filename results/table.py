@@ -44,14 +44,18 @@ def collect(name: str, runs: list[Path]) -> Path:
 
 
 def table() -> str:
-    """Return the Markdown table of every results/*.json."""
+    """Return the Markdown table of every results/*.json; a row that stands in several files is shown once."""
+    seen: set[str] = set()
     lines = ["| recipe | images | method | " + " | ".join(SHOWN.values()) + " | kNN accuracy | seeds |",
              "| --- | --- | --- | " + "--- | " * len(SHOWN) + "--- | --- |"]
     for path in sorted(HERE.glob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
         for row in result["rows"]:
-            start = f"| {result['name']} | {row['n_images']:,} {row['split']} | "
-            lines += [start + " | ".join(cells) + f" | {len(result['seeds'])} |" for cells in _lines(row)]
+            for cells in _lines(row):
+                told = f"{row['n_images']:,} {row['split']} | " + " | ".join(cells) + f" | {len(result['seeds'])} |"
+                if told not in seen:  # the k-means of one encoder is in the file of every recipe that starts from it
+                    lines.append(f"| {result['name']} | {told}")
+                seen.add(told)
     return "\n".join(lines)
 
 
