@@ -81,3 +81,9 @@ def test_a_memory_has_its_own_meaning():
     assert "memory bank" in wording.metric_meaning("knn_accuracy_20_memory")
     assert "memory" not in wording.metric_meaning("knn_accuracy_20")
     assert wording.metric_meaning("knn_accuracy_20_memories") == ""
+
+
+@pytest.mark.parametrize(("value", "shown"), [(-0.005008, "-0.005"), (0.00751, "0.0075"), (0.001, "0.001"),
+                                              (0.0003217, "0.0003217")])
+def test_a_small_number_has_four_decimals(value, shown):
+    assert wording.number(value) == shown

@@ -179,6 +179,7 @@ class TwoStream(nn.Module):
 SOBEL = (((1.0, 0.0, -1.0), (2.0, 0.0, -2.0), (1.0, 0.0, -1.0)), ((1.0, 2.0, 1.0), (0.0, 0.0, 0.0), (-1.0, -2.0, -1.0)))
 """The horizontal and the vertical derivative, rows top to bottom, as a cross-correlation."""
 
+
 class Ensemble(nn.Module):
     """Encoders of one form that see the same image; their embeddings stand in a row.
 

@@ -128,6 +128,8 @@ def number(value: object) -> str:
         return f"{int(value):,}"
     if 0.01 <= abs(value) < 1000:
         return f"{value:.3f}"
+    if 0.001 <= abs(value) < 0.01:
+        return f"{value:.4f}".rstrip("0")
     return f"{value:,.1f}" if 1000 <= abs(value) < 1e9 else f"{value:.4g}"
 
 
