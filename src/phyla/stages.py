@@ -76,6 +76,22 @@ class Given:
 
 
 @dataclass(frozen=True, eq=False)
+class Rivals:
+    """Labels, int64 (n, n_images), by each of a method's heads or networks.
+
+    Parameters
+    ----------
+    kind : heads or networks
+    fitted : of the clustered images, known from the fit
+    predict : of any other images
+    """
+
+    kind: str
+    fitted: np.ndarray
+    predict: Callable[[ImageSet], np.ndarray]
+
+
+@dataclass(frozen=True, eq=False)
 class Found:
     """What a cluster or refine method left.
 
@@ -86,7 +102,7 @@ class Found:
     probabilities : float32 (n_images, n_clusters) of the clustered images
     history : records of training
     facts : numbers and notices for done.json
-    rivals : heads or networks, and images to the labels by each of them, int64 (n, n_images)
+    rivals : labels by each head or network
     epoch_labels : for a method that published its best epoch by labels, the labels after every epoch (n_epochs, n) of
         the images on which it chose without, and the name of their split
     """
@@ -96,7 +112,7 @@ class Found:
     probabilities: np.ndarray
     history: Sequence[Mapping[str, object]] = ()
     facts: dict[str, object] = field(default_factory=dict)
-    rivals: tuple[str, Callable[[ImageSet], np.ndarray]] | None = None
+    rivals: Rivals | None = None
     epoch_labels: tuple[np.ndarray, str] | None = None
 
 
@@ -182,7 +198,7 @@ def _tsuc(method: TSUC, given: Given) -> Found:
     facts = {"score": method.score_, "head": method.head_, "epoch": method.epoch_,
              "head_losses": [float(loss) for loss in method.head_losses_], "notices": [notice]}
     return Found(method.net_, method.views, method.probabilities_, method.history_, facts,
-                 ("heads", lambda images: method.predict_heads(images, device=given.device)))
+                 Rivals("heads", method.head_labels_, partial(method.predict_heads, device=given.device)))
 
 
 def _kmeans(method: KMeans, given: Given, views: Views) -> Found:
@@ -232,7 +248,7 @@ def refine(method: Refiner, given: Given, clustered: Path) -> Found:
                    neighbors=given.neighbors("train"), watched=given.watched, device=given.device, folder=given.folder)
         facts = {"temperature": method.temperature_, "clean": [int(method.initial_clean_.sum()),
                                                                int(method.clean_.sum())]}
-        members = "networks", partial(_members, method, given.device)
+        members = Rivals("networks", method.member_labels_, partial(_members, method, given.device))
     facts |= {"scores": method.scores_, "notices": method.notices_}
     return Found(method.net_, method.views, method.probabilities_, method.history_, facts, members)
 
@@ -256,7 +272,8 @@ def save_found(found: Found, splits: Splits, *, size: int, device: Device, folde
         p = found.probabilities if position == 0 else classifier.predict_proba(images, device=device)
         save_assignment(folder, Assignment(p, images.ids), name)
         if found.rivals is not None:
-            write_array(folder / f"{name}.{found.rivals[0]}.npy", found.rivals[1](images))
+            labels = found.rivals.fitted if position == 0 else found.rivals.predict(images)
+            write_array(folder / f"{name}.{found.rivals.kind}.npy", labels)
         if found.epoch_labels is not None and found.epoch_labels[1] == name:
             write_array(folder / f"{name}.epochs.npy", found.epoch_labels[0])
     classifier.save(folder)

@@ -42,6 +42,7 @@ from phyla.storage import fingerprint
 from phyla.training.device import Device, choose_device
 from phyla.training.loop import Loop
 from phyla.training.options import faults
+from phyla.training.schedule import learning_rate
 from phyla.types import ImageSet
 
 log = logging.getLogger("phyla")
@@ -116,14 +117,6 @@ def consistency_loss(embeddings: Float[Tensor, "rows features"], *, temperature:
     log_not_p = torch.where(is_largest, of_the_others.logsumexp(1, keepdim=True), torch.log1p(-of_the_others.exp()))
     is_partner = place.roll(n // 2)[:, None] == place
     return -torch.where(is_partner, log_p, log_not_p).sum(1).mean()
-
-
-def learning_rate(epoch: int, *, lr: float, drop_epoch: int, drop_every: int, decay: float) -> float:
-    """Return the learning rate of an epoch, from 0: ``lr``, times ``decay`` at ``drop_epoch`` and every some after it.
-
-    As published 0.01 until epoch 119, 0.001 until 159, and so on to 1e-7 (the papers' text has the first drop at 80).
-    """
-    return lr if epoch < drop_epoch else lr * decay ** (1 + (epoch - drop_epoch) // drop_every)
 
 
 # ── the method ──────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -39,6 +39,7 @@ from phyla.storage import fingerprint
 from phyla.training.device import Device, choose_device
 from phyla.training.loop import Loop
 from phyla.training.options import faults
+from phyla.training.schedule import learning_rate
 from phyla.types import Embeddings, ImageSet
 
 MemoryView = Literal["second", "average"]
@@ -199,14 +200,6 @@ def _neighbor_of_anchors(memory: Float[Tensor, "images features"], entropy: Floa
     neighbor = torch.full((len(memory),), -1, device=memory.device)
     neighbor[anchors] = torch.from_numpy(found).to(memory.device)[anchors]
     return neighbor
-
-
-def learning_rate(epoch: int, *, lr: float, drop_epoch: int, drop_every: int, decay: float) -> float:
-    """Return the learning rate of an epoch of a round: ``lr``, times ``decay`` at ``drop_epoch`` and every some after.
-
-    As published 0.03 until epoch 119, 0.003 until 159, 0.0003 until 199, epochs counted from 0 within the round.
-    """
-    return lr if epoch < drop_epoch else lr * decay ** (1 + (epoch - drop_epoch) // drop_every)
 
 
 def unification_weight(epoch: int, *, step: float, every: int) -> float:

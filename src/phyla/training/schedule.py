@@ -33,6 +33,14 @@ def step_decay(epoch: float, *, lr: float, milestones: tuple[int, ...], decay: f
     return lr * decay ** sum(milestone < epoch for milestone in milestones)
 
 
+def learning_rate(epoch: int, *, lr: float, drop_epoch: int, drop_every: int, decay: float) -> float:
+    """Return ``lr``, times ``decay`` at ``drop_epoch``, counted from 0, and again every ``drop_every`` epochs after it.
+
+    Super-AND and TSUC, as released: 120 and 40, where the papers' text has the first drop at 80.
+    """
+    return lr if epoch < drop_epoch else lr * decay ** (1 + (epoch - drop_epoch) // drop_every)
+
+
 def staircase(epoch: int, *, start: float, rise: float, every: int) -> float:
     """Return start + rise * floor(epoch / every)."""
     return start + rise * (epoch // every)
