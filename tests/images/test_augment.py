@@ -145,6 +145,21 @@ def test_views_do_not_depend_on_how_much_is_worked_on_at_once(kind, monkeypatch)
     assert torch.equal(views(pixels, source()), at_once)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_parts_of_a_batch_have_the_views_of_the_whole(kind):
+    pixels, views = pictures(40, 40), Views(kind=kind, size=32)
+    whole, first, last = source(), source(), source()
+    parts = [views(pixels[:5], first, total=len(pixels)), views(pixels[5:], last, total=len(pixels), start=5)]
+    assert torch.equal(torch.cat(parts), views(pixels, whole))
+    assert torch.equal(whole.get_state(), first.get_state()) and torch.equal(whole.get_state(), last.get_state())
+
+
+@pytest.mark.parametrize(("start", "total"), [(-1, 8), (5, 8), (0, 3)])
+def test_a_part_outside_its_batch_is_refused(start, total, unchecked):
+    with pytest.raises(InputError, match=f"a batch of total={total} images has none {start} to {start + 3}"):
+        Views(kind="plain", size=8)(torch.zeros(4, 8, 8, 3, dtype=torch.uint8), source(), start=start, total=total)
+
+
 def test_operations_act_in_the_order_drawn():
     """Brightness after inversion of black is not inversion after darkening."""
     images = torch.zeros(3, 3, 4, 4)

@@ -206,19 +206,28 @@ class Views:
         return Views(kind="plain", size=self.size, mean=self.mean, std=self.std)
 
     def __call__(
-        self, pixels: UInt8[Tensor, "batch height width 3"], generator: torch.Generator
+        self, pixels: UInt8[Tensor, "batch height width 3"], generator: torch.Generator, *,
+        total: int | None = None, start: int = 0, static: bool | None = None,
     ) -> Float[Tensor, "batch 3 size size"]:
         """Return one normalized view of each image, on the device of the pixels.
 
         Parameters
         ----------
         generator : on the device of the pixels, or on the CPU
+        total, start : the pixels are the images from ``start`` on of a batch of ``total``, all that are given when
+            None. What is random is drawn for the whole batch, so parts give the views that the whole gives.
+        static : whether nothing may depend on what was drawn but values, so that a CUDA graph can hold the work; None
+            for where the generator is not on the CPU. The views are the same.
         """
         if pixels.ndim != 4 or pixels.shape[3] != 3 or pixels.dtype != torch.uint8 or 0 in pixels.shape[1:3]:
             given = f"{pixels.dtype} {tuple(pixels.shape)}"
             raise InputError(f"views are made of uint8 (batch, height, width, 3), at least 1 x 1, got {given}")
-        drawn = self.draw(len(pixels), generator, height=pixels.shape[1], width=pixels.shape[2])
-        return self.render(pixels, drawn)
+        total = len(pixels) if total is None else total
+        if not 0 <= start <= total - len(pixels):
+            raise InputError(f"a batch of total={total} images has none {start} to {start + len(pixels) - 1}",
+                             "start + len(pixels) is at most total")
+        drawn = self.draw(total, generator, height=pixels.shape[1], width=pixels.shape[2])
+        return self.render(pixels, drawn.part(slice(start, start + len(pixels))))
 
     def draw(self, batch: int, generator: torch.Generator, *, height: int, width: int) -> Draws:
         """Return everything random about ``batch`` views of images of ``height`` and ``width``.
