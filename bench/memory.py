@@ -106,8 +106,7 @@ def main() -> None:
         if most is not None:
             bytes_per_image = most / n_images
         if need > free / 2:
-            print(f"{n_images:,} images: plain left out, it needs about {need / 1e9:.1f} GB and {free / 1e9:.1f} are free",
-                  flush=True)
+            print(f"{n_images:,} images, plain left out: {need / 1e9:.1f} GB needed, {free / 1e9:.1f} free", flush=True)
         rows.append(row)
     finish(told, rows, rows_of_a_step=ROWS, features=FEATURES)
 
