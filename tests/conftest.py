@@ -22,6 +22,7 @@ from phyla.neighbors import find_neighbors  # noqa: E402
 from phyla.nets.resnet import EncoderSpec, ResNet  # noqa: E402
 from phyla.randomness import generator  # noqa: E402
 from phyla.types import ImageSet, Neighbors  # noqa: E402
+from processes import Processes  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -139,3 +140,11 @@ def recorded() -> Callable[[str, list[float]], None]:
         assert losses == pytest.approx(curves[name], rel=1e-4)
 
     return check
+
+
+@pytest.fixture(scope="session")
+def processes() -> Iterator[Processes]:
+    """Two processes that form a group."""
+    started = Processes()
+    yield started
+    started.close()

@@ -36,6 +36,10 @@ class NonFiniteLossError(PhylaError, ArithmeticError):
     """A loss that became NaN or infinite; names the steps in which it did."""
 
 
+class LostProcessError(PhylaError):
+    """A process that trained together with this one, and has ended or cannot be reached."""
+
+
 class PhylaWarning(UserWarning):
     """Something worth knowing that did not stop the run."""
 

@@ -1,15 +1,17 @@
 """Device, precision and memory format, decided once and passed in."""
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from phyla.errors import InputError
+from phyla.training.group import ALONE, Group, share_batchnorm
 
 Precision = Literal["fp32", "bf16"]
+Engine = Literal["eager", "graph", "compiled"]
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
@@ -22,11 +24,23 @@ class Device:
     device : cpu, cuda, cuda:1, mps
     precision : fp32, or bf16 autocast for the encoder (losses stay in float32)
     channels_last : keep activations as NHWC, faster for convolutions on CUDA and on a CPU
+    engine : eager: each step runs its kernels one by one; graph: a step is captured as a CUDA graph and replayed;
+        compiled: besides, the network is compiled
+    group : the processes that train together, each on a device of its own
+    synced : BatchNorm takes the statistics of the batch of all processes; else each those of its own rows
     """
 
     device: torch.device
     precision: Precision = "fp32"
     channels_last: bool = False
+    engine: Engine = "eager"
+    group: Group = ALONE
+    synced: bool = True
+
+    @property
+    def alone(self) -> "Device":
+        """The same device without the other processes: for work that one of them does for all."""
+        return replace(self, group=ALONE)
 
     def autocast(self) -> AbstractContextManager[object]:
         """Return the context in which an encoder runs forward."""
@@ -35,7 +49,9 @@ class Device:
         return nullcontext()
 
     def place(self, module: ModuleT) -> ModuleT:
-        """Return ``module`` on the device, in its memory format."""
+        """Return ``module`` on the device, in its memory format, BatchNorm shared by the group where it is synced."""
+        if self.synced:
+            share_batchnorm(module, self.group, device=self.device)
         placed = module.to(self.device)
         return placed.to(memory_format=torch.channels_last) if self.channels_last else placed
 
