@@ -11,9 +11,10 @@ from pictures import from_pil, pictures, resized_crop, to_pil
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 
 from phyla.errors import InputError
-from phyla.images import augment
+from phyla.images import augment, passes
 from phyla.images.augment import STRONG, Draws, Views, apply_operations, views_from
 from phyla.images.operations import to_float
+from tape import HostError, Tape
 
 KINDS = ["plain", "weak", "simclr", "strong", "ruc_weak", "ruc_strong"]
 CIFAR = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)}
@@ -152,6 +153,55 @@ def test_parts_of_a_batch_have_the_views_of_the_whole(kind):
     parts = [views(pixels[:5], first, total=len(pixels)), views(pixels[5:], last, total=len(pixels), start=5)]
     assert torch.equal(torch.cat(parts), views(pixels, whole))
     assert torch.equal(whole.get_state(), first.get_state()) and torch.equal(whole.get_state(), last.get_state())
+
+
+@pytest.mark.parametrize("shape", [(0, 40, 40), (39, 40, 40), (4, 20, 51), (2, 2, 1), (1, 1, 1)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_static_views_are_the_sorted_ones(kind, shape):
+    """Bit for bit, although every image goes through every pass."""
+    pixels = pictures(*shape[1:]).repeat(3, 1, 1, 1)[: shape[0]]
+    for size, options in ((32, {}), (8, {"operations": ("equalize", "shear_y")}), (8, {"hue": 0.0, "level": 7})):
+        views = Views(kind=kind, size=size, **options)
+        for seed in range(3):
+            assert torch.equal(views(pixels, source(seed), static=True), views(pixels, source(seed), static=False))
+
+
+@pytest.mark.parametrize("name", [name for name in augment.OPERATIONS if name != "identity"])
+def test_an_operation_in_static_passes_changes_its_images_alone(name):
+    """Magnitudes of other operations, however odd for this one, do no harm."""
+    images = to_float(pictures(20, 33)).repeat(8, 1, 1, 1)
+    ids = torch.arange(len(images)).view(-1, 1) % 3 - 1
+    magnitudes = torch.linspace(-40, 256, len(images)).view(-1, 1)
+    magnitudes[ids == 0] = torch.tensor([0.0, 0.3, 0.5, 1.0, -0.2])[torch.arange(int((ids == 0).sum())) % 5]
+    if name == "posterize":
+        magnitudes[ids == 0] = torch.arange(int((ids == 0).sum())).float() % 8 + 1
+    told = {"ids": ids, "magnitudes": magnitudes, "operations": (name, "identity")}
+    at_once = passes.apply_operations(images, **told)
+    assert torch.equal(at_once, apply_operations(images.clone(), **told))
+    assert torch.equal(at_once[ids[:, 0] != 0], images[ids[:, 0] != 0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_static_views_can_be_recorded_once_and_replayed(kind):
+    """As a CUDA graph does: other images in the same memory, other random numbers, no word from the host."""
+    first, others, views = pictures(40, 40), pictures(40, 40).flip(0, 2), Views(kind=kind, size=32)
+    expected = views(others, source(8))
+    given, generator = first.clone(), source(7)
+    views(given, generator, static=True)  # warm: constants are copied to the device
+    with Tape() as tape:
+        made = views(given, generator, static=True)
+    given.copy_(others)
+    generator.manual_seed(8)
+    tape.replay()
+    assert torch.equal(made, expected)
+
+
+def test_sorted_views_cannot_be_recorded():
+    """The test above can fail."""
+    pixels, views = pictures(32, 32), Views(kind="strong", size=32)
+    views(pixels, source())
+    with pytest.raises(HostError), Tape():
+        views(pixels, source(), static=False)
 
 
 @pytest.mark.parametrize(("start", "total"), [(-1, 8), (5, 8), (0, 3)])

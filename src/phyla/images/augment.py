@@ -18,10 +18,10 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from phyla.errors import InputError, nearest
-from phyla.images import draws, geometry
+from phyla.images import draws, geometry, passes
 from phyla.images import operations as pixelwise
 from phyla.images.draws import JITTER
-from phyla.images.operations import Factors, Images, fill_box, luma, normalize, to_float
+from phyla.images.operations import Factors, Images, constant, fill_box, luma, normalize, to_float
 
 Kind = Literal["plain", "weak", "simclr", "strong", "ruc_weak", "ruc_strong"]
 
@@ -72,9 +72,10 @@ class Draws(NamedTuple):
     grey: Bool[Tensor, " batch"]
     hole: Int[Tensor, "batch 4"]
 
-    def to(self, device: torch.device) -> "Draws":
-        """Return the draws on ``device``, but ``ids`` on the CPU: it is the host that sorts by them."""
-        return Draws(*(t.cpu() if t is self.ids else t.to(device, non_blocking=True) for t in self))
+    def to(self, device: torch.device, *, ids: torch.device) -> "Draws":
+        """Return the draws on ``device``, but ``ids`` on their own: the CPU where the host sorts by them."""
+        to_gpu = device.type != "cpu"
+        return Draws(*(t.to(ids) if t is self.ids else t.to(device, non_blocking=to_gpu) for t in self))
 
     def part(self, rows: slice) -> "Draws":
         """Return the draws of ``rows``."""
@@ -227,7 +228,8 @@ class Views:
             raise InputError(f"a batch of total={total} images has none {start} to {start + len(pixels) - 1}",
                              "start + len(pixels) is at most total")
         drawn = self.draw(total, generator, height=pixels.shape[1], width=pixels.shape[2])
-        return self.render(pixels, drawn.part(slice(start, start + len(pixels))))
+        static = generator.device.type != "cpu" if static is None else static
+        return self.render(pixels, drawn.part(slice(start, start + len(pixels))), static=static)
 
     def draw(self, batch: int, generator: torch.Generator, *, height: int, width: int) -> Draws:
         """Return everything random about ``batch`` views of images of ``height`` and ``width``.
@@ -255,7 +257,7 @@ class Views:
         if self.kind == "strong":
             return draws.crop(batch, generator, height=height, width=width, size=self.size)
         center = geometry.center_box(height, width, self.size)
-        return torch.tensor(center, device=generator.device).repeat(batch, 1)
+        return constant(center, generator.device, dtype=torch.int64).repeat(batch, 1)
 
     def _draw_operations(self, drawn: Draws, generator: torch.Generator) -> Draws:
         batch, size, n = len(drawn.flip), self.size, self._n_operations
@@ -281,18 +283,20 @@ class Views:
         }
         return {name: ranges.get(name, (0.0, 0.0)) for name in self.operations}
 
-    def render(self, pixels: UInt8[Tensor, "batch height width 3"], drawn: Draws) -> Float[Tensor, "batch 3 size size"]:
-        """Return the normalized views that ``drawn`` describes."""
-        drawn = drawn.to(pixels.device)
+    def render(
+        self, pixels: UInt8[Tensor, "batch height width 3"], drawn: Draws, *, static: bool = False
+    ) -> Float[Tensor, "batch 3 size size"]:
+        """Return the normalized views that ``drawn`` describes; ``static`` as when called."""
+        drawn = drawn.to(pixels.device, ids=pixels.device if static else torch.device("cpu"))
         images = torch.empty(len(pixels), 3, self.size, self.size, device=pixels.device)
-        rows_at_once = _rows_at_once(max(pixels.shape[1] * pixels.shape[2], self.size**2), pixels.device)
-        blocks = [slice(start, start + rows_at_once) for start in range(0, len(pixels), rows_at_once)]
-        for rows in blocks:
-            images[rows] = self._cropped(pixels[rows], drawn.part(rows))
         names = JITTER if self.kind == "simclr" else self.operations
-        images = apply_operations(images, drawn.ids, drawn.magnitudes, operations=names)
-        for rows in blocks:
-            images[rows] = self._finished(images[rows], drawn.part(rows))
+        apply = passes.apply_operations if static else apply_operations
+        rows_at_once = _rows_at_once(max(pixels.shape[1] * pixels.shape[2], self.size**2), pixels.device)
+        for start in range(0, len(pixels), rows_at_once):
+            rows = slice(start, start + rows_at_once)
+            part = drawn.part(rows)
+            made = self._cropped(pixels[rows], part)
+            images[rows] = self._finished(apply(made, part.ids, part.magnitudes, operations=names), part)
         return images
 
     def _cropped(self, pixels: UInt8[Tensor, "batch height width 3"], drawn: Draws) -> geometry.Resized:

@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from phyla.images.operations import constant
+
 JITTER = ("brightness", "contrast", "color", "hue")
 """The four parts of color jitter."""
 
@@ -80,8 +82,8 @@ def crop(
     batch: int, generator: torch.Generator, *, height: int, width: int, size: int
 ) -> Int[Tensor, "batch 4"]:
     """Return boxes (top, left, size, size) uniform over the places inside the image."""
-    places = torch.tensor([height - size + 1, width - size + 1], device=generator.device).expand(batch, 2)
-    corner = _whole(places, generator)
+    places = constant((height - size + 1, width - size + 1), generator.device, dtype=torch.int64)
+    corner = _whole(places.expand(batch, 2), generator)
     return torch.cat([corner, torch.full_like(corner, size)], dim=1)
 
 
@@ -95,8 +97,8 @@ def jitter(
     strength 0 is left out.
     """
     strengths = (brightness, contrast, saturation)
-    low = torch.tensor([*(max(0.0, 1 - s) for s in strengths), -hue], device=generator.device)
-    high = torch.tensor([*(1 + s for s in strengths), hue], device=generator.device)
+    low = constant([*(max(0.0, 1 - s) for s in strengths), -hue], generator.device)
+    high = constant([*(1 + s for s in strengths), hue], generator.device)
     factors = _uniform((batch, 4), low, high, generator)
     order = torch.rand(batch, 4, generator=generator, device=generator.device).argsort(dim=1)
     acts = chance(batch, probability, generator).unsqueeze(1) & (high > low)[order]
@@ -112,7 +114,7 @@ def operations(
     some magnitudes by a coin; their ranges are symmetric, so that changes nothing and is left out.)
     """
     names, device = list(ranges), generator.device
-    low, high = torch.tensor(list(ranges.values()), dtype=torch.float32, device=device).view(-1, 2).unbind(1)
+    low, high = (constant([limits[end] for limits in ranges.values()], device) for end in (0, 1))
     ids = torch.randint(max(len(names), 1), (batch, n_operations), generator=generator, device=device)
     magnitudes = _uniform((batch, n_operations), low[ids], high[ids], generator)
     if "posterize" in ranges:
@@ -130,8 +132,8 @@ def ruc_operations(
     is a whole number of pixels of a view of side ``size``.
     """
     device = generator.device
-    values = torch.tensor([ruc_magnitude(name, level=level, size=size) for name in names], device=device)
-    signed = torch.tensor([name in _RUC_SIGNED for name in names], dtype=torch.bool, device=device)
+    values = constant([ruc_magnitude(name, level=level, size=size) for name in names], device)
+    signed = constant([name in _RUC_SIGNED for name in names], device, dtype=torch.bool)
     ids = torch.rand(batch, len(names), generator=generator, device=device).argsort(dim=1)[:, :n_operations]
     heads = torch.rand(batch, n_operations, 2, generator=generator, device=device) < 0.5
     magnitudes = torch.where(heads[..., 0] & signed[ids], -values[ids], values[ids])
@@ -153,8 +155,8 @@ def cutout(batch: int, generator: torch.Generator, *, size: int, side: int) -> I
 
     The length is uniform over 1 to ``side`` and then cut to an even number, so that a length of 1 leaves no hole.
     """
-    whole = torch.tensor([size, size, side], device=generator.device).expand(batch, 3)
-    y, x, length = _whole(whole, generator).unbind(1)
+    whole = constant((size, size, side), generator.device, dtype=torch.int64)
+    y, x, length = _whole(whole.expand(batch, 3), generator).unbind(1)
     half = (length + 1) // 2
     return torch.stack([y - half, y + half, x - half, x + half], dim=1).clamp(0, size)
 

@@ -13,9 +13,10 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
-from phyla.images.operations import Factors, Images
+from phyla.images.operations import Factors, Images, constant
 
 Resized = Float[Tensor, "batch 3 out_height out_width"]  # images of another size than those they are made from
+Maps = Float[Tensor, "batch 6"]  # float64, affine
 
 _WEIGHT_BITS = 22
 _FIXED_ONE = 65536
@@ -36,7 +37,7 @@ def resized_size(height: int, width: int, short: int) -> tuple[int, int]:
 
 def resize(pixels: UInt8[Tensor, "batch height width 3"], *, size: tuple[int, int]) -> Resized:
     """Return whole images resampled to ``size`` (height, width)."""
-    whole = torch.tensor([0, 0, pixels.shape[1], pixels.shape[2]], device=pixels.device)
+    whole = constant((0, 0, *pixels.shape[1:3]), pixels.device, dtype=torch.int64)
     return resized_crop(pixels, whole.expand(len(pixels), 4), size=size)
 
 
@@ -124,42 +125,51 @@ def crop(
 
 def rotate(images: Images, degrees: Factors) -> Images:
     """Return images turned counterclockwise about their center."""
+    return affine(images, rotation(degrees, *images.shape[2:]))
+
+
+def rotation(degrees: Factors, height: int, width: int) -> Maps:
+    """Return the maps that turn images of a size counterclockwise about their center."""
     radians = torch.deg2rad(degrees.double().remainder(360)).neg()
     cosine, sine = torch.cos(radians).round(decimals=15), torch.sin(radians).round(decimals=15)
-    middle_x, middle_y = images.shape[3] / 2, images.shape[2] / 2
+    middle_x, middle_y = width / 2, height / 2
     x = cosine * -middle_x + sine * -middle_y + middle_x
     y = sine * middle_x + cosine * -middle_y + middle_y
-    return _affine(images, torch.stack([cosine, sine, x, -sine, cosine, y], dim=1))
+    return torch.stack([cosine, sine, x, -sine, cosine, y], dim=1)
 
 
 def shear_x(images: Images, slope: Factors) -> Images:
     """Return images whose row y is moved left by ``slope`` times y pixels."""
-    return _affine(images, _unit_maps(slope, place=1))
+    return affine(images, unit_maps(slope, "shear_x"))
 
 
 def shear_y(images: Images, slope: Factors) -> Images:
     """Return images whose column x is moved up by ``slope`` times x pixels."""
-    return _affine(images, _unit_maps(slope, place=3))
+    return affine(images, unit_maps(slope, "shear_y"))
 
 
 def translate_x(images: Images, shift: Factors) -> Images:
     """Return images moved left by ``shift`` pixels, to the nearest pixel."""
-    return _affine(images, _unit_maps(shift, place=2))
+    return affine(images, unit_maps(shift, "translate_x"))
 
 
 def translate_y(images: Images, shift: Factors) -> Images:
     """Return images moved up by ``shift`` pixels, to the nearest pixel."""
-    return _affine(images, _unit_maps(shift, place=5))
+    return affine(images, unit_maps(shift, "translate_y"))
 
 
-def _unit_maps(value: Factors, *, place: int) -> Float[Tensor, "batch 6"]:
-    """Return maps that leave everything where it is, but for one coefficient."""
-    maps = torch.tensor([1.0, 0, 0, 0, 1, 0], dtype=torch.float64, device=value.device).repeat(len(value), 1)
-    maps[:, place] = value.double()
+PLACES = {"shear_x": 1, "translate_x": 2, "shear_y": 3, "translate_y": 5}
+"""The coefficient of a map that each operation is."""
+
+
+def unit_maps(value: Factors, name: str) -> Maps:
+    """Return maps that leave everything where it is, but for the coefficient that the operation ``name`` is."""
+    maps = constant((1.0, 0, 0, 0, 1, 0), value.device, dtype=torch.float64).repeat(len(value), 1)
+    maps[:, PLACES[name]] = value.double()
     return maps
 
 
-def _affine(images: Images, maps: Float[Tensor, "batch 6"]) -> Images:
+def affine(images: Images, maps: Maps) -> Images:
     """Return images whose pixel (x, y) is the input's at (a x + b y + c, d x + e y + f), for maps (a, b, c, d, e, f).
 
     Where b and d are 0, a and e must be 1: there Pillow does not use fixed point, and a shift is all we need.

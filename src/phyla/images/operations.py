@@ -8,14 +8,34 @@ Pillow's, most of them on every pixel. No image influences another.
 Choices are written as arithmetic on whole numbers, not as ``torch.where``: on a CPU that is thirty times faster.
 """
 
+from collections.abc import Sequence
+from functools import lru_cache
+
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int, Shaped, UInt8
 from torch import Tensor
 
 Images = Float[Tensor, "batch 3 height width"]
 Factors = Float[Tensor, " batch"]
+Table = Float[Tensor, "batch 3 256"]  # what becomes of each value of each channel
 
 _RED, _GREEN, _BLUE, _HALF, _ONE = 19595.0, 38470.0, 7471.0, 32768.0, 65536.0  # ITU-R 601 luma in 16-bit fixed point
+
+
+def constant(
+    values: Sequence[float], device: torch.device | str, *, dtype: torch.dtype = torch.float32
+) -> Shaped[Tensor, " n"]:
+    """Return ``values`` on ``device``, copied there once and kept: nobody may change them.
+
+    A copy from the host makes a GPU wait, and inside a CUDA graph it cannot be made at all.
+    """
+    return _constant(tuple(values), torch.device(device), dtype)
+
+
+@lru_cache(maxsize=256)
+def _constant(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):  # what is made in that mode can be of no use outside of it
+        return torch.tensor(values, dtype=dtype, device=device)
 
 
 def to_float(pixels: UInt8[Tensor, "batch height width 3"]) -> Images:
@@ -26,8 +46,8 @@ def to_float(pixels: UInt8[Tensor, "batch height width 3"]) -> Images:
 
 def normalize(images: Images, *, mean: tuple[float, ...], std: tuple[float, ...]) -> Images:
     """Return ``(images / 255 - mean) / std`` per channel."""
-    scale = torch.tensor([1 / (255 * s) for s in std], device=images.device).view(1, 3, 1, 1)
-    shift = torch.tensor([m / s for m, s in zip(mean, std, strict=True)], device=images.device).view(1, 3, 1, 1)
+    scale = constant([1 / (255 * s) for s in std], images.device).view(1, 3, 1, 1)
+    shift = constant([m / s for m, s in zip(mean, std, strict=True)], images.device).view(1, 3, 1, 1)
     return (images * scale).sub_(shift)
 
 
@@ -45,43 +65,47 @@ def greyscale(images: Images) -> Images:
 
 def brightness(images: Images, factor: Factors) -> Images:
     """Return images between black (factor 0) and themselves (1); above 1 brighter."""
-    return _blend(torch.zeros((), device=images.device), images, factor)
+    return blend(torch.zeros((), device=images.device), images, factor)
 
 
 def contrast(images: Images, factor: Factors) -> Images:
     """Return images between the flat grey of their mean luma (factor 0) and themselves (1)."""
-    grey = luma(images)
+    return blend(mean_luma(luma(images)), images, factor)
+
+
+def mean_luma(grey: Float[Tensor, "batch 1 height width"]) -> Float[Tensor, "batch 1 1 1"]:
+    """Return the mean of what `luma` gave, rounded half up."""
     n_pixels = grey.shape[2] * grey.shape[3]
     # The sum of a row is exact in float32, that of an image may not be; the mean is rounded half up in whole numbers.
     total = grey.sum(dim=3).sum(dim=(1, 2), dtype=torch.float64).long()
-    mean = (2 * total + n_pixels) // (2 * n_pixels)
-    return _blend(mean.float().view(-1, 1, 1, 1), images, factor)
+    return ((2 * total + n_pixels) // (2 * n_pixels)).float().view(-1, 1, 1, 1)
 
 
 def color(images: Images, factor: Factors) -> Images:
     """Return images between grey (factor 0) and themselves (1); above 1 more saturated."""
-    return _blend(luma(images), images, factor)
+    return blend(luma(images), images, factor)
 
 
 def sharpness(images: Images, factor: Factors) -> Images:
     """Return images between smoothed (factor 0) and themselves (1); above 1 sharper."""
-    return _blend(_smooth(images), images, factor)
+    return blend(smooth(images), images, factor)
 
 
-def _blend(degenerate: Tensor, images: Images, factor: Factors) -> Images:
+def blend(degenerate: Tensor, images: Images, factor: Factors) -> Images:
+    """Return images between ``degenerate`` ones (factor 0) and themselves (1), cut to whole numbers 0 to 255."""
     mixed = (images - degenerate).mul_(factor.view(-1, 1, 1, 1)).add_(degenerate)
     return mixed.clamp_(0, 255).floor_()
 
 
-def _smooth(images: Images) -> Images:
+def smooth(images: Images) -> Images:
     """Return images under the kernel of nine ones but five in the middle, over 13; the outermost pixels stay."""
-    smooth = images.clone()
+    smoothed = images.clone()
     if images.shape[2] < 3 or images.shape[3] < 3:
-        return smooth
+        return smoothed
     wide = images[..., :-2] + images[..., 1:-1] + images[..., 2:]
     box = wide[..., :-2, :] + wide[..., 1:-1, :] + wide[..., 2:, :]
-    smooth[..., 1:-1, 1:-1] = box.add_(images[..., 1:-1, 1:-1], alpha=4).div_(13).add_(0.5).floor_()
-    return smooth
+    smoothed[..., 1:-1, 1:-1] = box.add_(images[..., 1:-1, 1:-1], alpha=4).div_(13).add_(0.5).floor_()
+    return smoothed
 
 
 def solarize(images: Images, threshold: Factors) -> Images:
@@ -98,23 +122,33 @@ def posterize(images: Images, bits: Factors) -> Images:
 
 def autocontrast(images: Images) -> Images:
     """Return images whose darkest value is 0 and brightest 255, each channel for itself."""
+    return look_up(images, autocontrast_table(images))
+
+
+def autocontrast_table(images: Images) -> Table:
+    """Return what `autocontrast` makes of each value."""
     low, high = (extreme.double().unsqueeze(-1) for extreme in (images.amin((2, 3)), images.amax((2, 3))))
     # In float64 as Pillow: the truncation below turns a last-digit error into a whole step (255 into 254).
     scale = torch.full_like(low, 255).div_(high - low)  # torch makes 255 / tensor a reciprocal: rounded twice
     levels = torch.arange(256, dtype=torch.float64, device=images.device)
     table = (levels * scale + -low * scale).trunc().clamp(0, 255)
-    return _look_up(images, torch.where(high > low, table, levels).float())
+    return torch.where(high > low, table, levels).float()
 
 
 def equalize(images: Images) -> Images:
     """Return images with an even histogram, each channel for itself."""
+    return look_up(images, equalize_table(images))
+
+
+def equalize_table(images: Images) -> Table:
+    """Return what `equalize` makes of each value."""
     levels = torch.arange(256, device=images.device)
     counts = _histograms(images)
     last = counts.gather(2, torch.where(counts > 0, levels, -1).amax(2, keepdim=True)).squeeze(2)
     step = ((counts.sum(2) - last) // 255).unsqueeze(2)
     below = counts.cumsum(2) - counts
     table = ((step // 2 + below) // step.clamp(min=1)).clamp(max=255)
-    return _look_up(images, torch.where(step > 0, table, levels).float())
+    return torch.where(step > 0, table, levels).float()
 
 
 def _histograms(images: Images) -> Int[Tensor, "batch 3 256"]:
@@ -123,7 +157,8 @@ def _histograms(images: Images) -> Int[Tensor, "batch 3 256"]:
     return counts.scatter_add_(2, values, counts.new_ones(()).expand_as(values))
 
 
-def _look_up(images: Images, table: Float[Tensor, "batch 3 256"]) -> Images:
+def look_up(images: Images, table: Table) -> Images:
+    """Return images of the values that ``table`` gives for theirs."""
     return table.gather(2, _values(images)).view(images.shape)
 
 
@@ -165,7 +200,7 @@ def _from_hsv(hue: Tensor, saturation: Tensor, value: Tensor) -> Images:
     """Return RGB images from 8-bit hue, saturation and value."""
     # A channel is ``value`` less a share of the saturation; over the circle the share is a trapezium, the same for
     # each channel but a third of a turn later. In units of 1/255 every number here is whole and below 2**24.
-    later = torch.tensor([0.0, 510.0, 1020.0], device=hue.device).view(1, 3, 1, 1)
+    later = constant((0.0, 510.0, 1020.0), hue.device).view(1, 3, 1, 1)
     share = (hue * 6 - later).abs_().sub_(765).abs_().neg_().add_(510).clamp_(0, 255)
     return share.mul_(saturation).neg_().add_(65025).mul_(value).div_(65025).add_(0.5).floor_()
 
