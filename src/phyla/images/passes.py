@@ -1,8 +1,8 @@
 """Operations of all images at once, so that no step depends on which image has which: a CUDA graph can hold them.
 
-Sorting images by their operations, as `phyla.images.augment.apply_operations` does, is the least work, but the host must
-know how many have each operation. Here every image goes through every pass. It takes few, because an operation is one
-of three things, and each of them can do nothing to an image:
+Sorting images by their operations, as `phyla.images.augment.apply_operations` does, is the least work, but the host
+must know how many have each operation. Here every image goes through every pass. It takes few, because an operation is
+one of three things, and each of them can do nothing to an image:
 
 * an affine map; the identity leaves every pixel where it is;
 * a blend with another image; with the factor 1 what was subtracted is added again, exactly in whole numbers;
