@@ -11,6 +11,7 @@ from phyla.cluster.kmeans import KMeans
 from phyla.cluster.nnm import NNM
 from phyla.cluster.scan import SCAN
 from phyla.cluster.tsuc import TSUC
+from phyla.images.gather import Keep
 from phyla.pretrain.simclr import SimCLR
 from phyla.pretrain.superand import SuperAND
 from phyla.refine.ruc import RUC
@@ -68,6 +69,7 @@ class Data:
     size: int | None = None
     limit: int | None = None
     select_on: Literal["held_out", "train"] = "held_out"
+    cache: Keep = "auto"
 
 
 @dataclass(frozen=True)

@@ -354,7 +354,7 @@ class Runner:
         keeps = name is None or name.startswith("imagenet")  # files that took decoding; arrays load fast
         return open_images(data.source, split=split, size=data.size, limit=data.limit, data_dir=self.data_dir,
                            strict=self.strict, download=self.download,
-                           cache=self.run.path / "stages" / "images" if keeps else None)
+                           cache=self.run.path / "stages" / "images" if keeps else None, keep=data.cache)
 
     def _splits(self) -> list[tuple[str, ImageSet]]:
         return [("train", self.train)] + ([("held_out", self.held_out)] if self.held_out is not None else [])

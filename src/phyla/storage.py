@@ -4,15 +4,18 @@ import errno
 import glob
 import hashlib
 import json
+import logging
 import os
 import re
+import sys
+import time
 import tokenize
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
@@ -20,6 +23,8 @@ from phyla.errors import CorruptFileError, InputError, StorageError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+_log = logging.getLogger("phyla")
 
 
 @contextmanager
@@ -45,12 +50,82 @@ def atomic(path: Path | str) -> Iterator[Path]:
     except OSError as error:
         _remove(temporary)
         ours = error.errno in _PLACE_ERRORS and str(error.filename) == str(temporary)
-        if isinstance(error, StorageError) or not (ours or error.errno in _WRITE_ERRORS):
+        if isinstance(error, StorageError) or not (ours or is_refusal(error)):
             raise
         raise storage_error(path, error) from error
     except BaseException:
         _remove(temporary)
         raise
+
+
+def is_refusal(error: OSError) -> bool:
+    """Return whether a write failed for want of space, permission or a working disk, and not by a mistake of ours."""
+    return error.errno in _WRITE_ERRORS
+
+
+@contextmanager
+def claimed(path: Path | str) -> Iterator[None]:
+    """Let one process at a time into the block, by a lock on the file ``path``, which is removed at the end.
+
+    A process that is killed lets go of it. Where the file system knows no locks, nobody is kept out.
+    """
+    path = Path(path)
+    with _locked(path):
+        try:
+            yield
+        finally:
+            _remove(path)
+
+
+def is_claimed(path: Path | str) -> bool:
+    """Return whether some process is inside ``claimed(path)``."""
+    try:
+        with Path(path).open("r+b") as file:
+            return not _lock(file.fileno(), wait=False)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+
+
+def _locked(path: Path) -> BinaryIO:
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("ab")
+        except OSError as error:
+            raise storage_error(path, error) from error
+        if not _lock(file.fileno(), wait=False):
+            _log.info("another process is at %s: waiting for it", path)
+            _lock(file.fileno(), wait=True)
+        with suppress(OSError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        file.close()  # whoever had it has removed it
+
+
+def _lock(descriptor: int, *, wait: bool) -> bool:
+    """Return whether the file is locked for this process, or cannot be."""
+    if sys.platform == "win32":
+        import msvcrt
+
+        while True:
+            try:
+                msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+                return True
+            except OSError:
+                if not wait:
+                    return False
+                time.sleep(1)
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:
+        _log.debug("no locks here")
+    return True
 
 
 def _remove(path: Path) -> None:
@@ -207,6 +282,19 @@ def _plain(value: object) -> object:
     if isinstance(value, PurePath):
         return value.as_posix()
     raise TypeError(f"{type(value).__name__} has no lasting fingerprint; give its values")
+
+
+def chained_digest(rows: np.ndarray, before: str = "") -> str:
+    """Return 32 hex digits of ``rows``, one after another, following those that gave the digest ``before``.
+
+    However rows are cut into blocks, the last digest is the same: it can be taken while they are read, and go on later.
+    """
+    digest = bytes.fromhex(before)
+    for row in rows:
+        step = hashlib.blake2b(digest, digest_size=16)
+        step.update(np.ascontiguousarray(row).data)
+        digest = step.digest()
+    return digest.hex()
 
 
 def array_fingerprint(array: np.ndarray) -> str:

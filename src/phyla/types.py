@@ -1,17 +1,46 @@
 """The nouns that stages hand to one another. Arrays between stages are NumPy; tensors live inside a stage."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from torch import Tensor
 
 from phyla.errors import InputError
-from phyla.storage import array_fingerprint, fingerprint
+from phyla.storage import array_fingerprint, chained_digest, fingerprint
 
 SUM_TOLERANCE = 1e-2
 """How far from 1 a row of probabilities may sum: wide enough for float16 and a thousand clusters."""
+
+
+_BLOCK_BYTES = 1 << 24
+
+
+@runtime_checkable
+class StoredPixels(Protocol):
+    """Pixels that lie elsewhere and are made when rows are asked for: an array to whoever takes rows of it."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """n_images, height, width, 3."""
+
+    @property
+    def dtype(self) -> np.dtype:
+        """uint8."""
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """Yield the pixels of one image after another."""
+
+    def __getitem__(self, rows: int | slice | np.ndarray) -> np.ndarray:
+        """Return the pixels of ``rows``, in that order, in memory."""
+
+    def read(self, rows: np.ndarray, out: np.ndarray) -> None:
+        """Write the pixels of ``rows`` into ``out``."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,14 +49,17 @@ class ImageSet:
 
     Parameters
     ----------
-    pixels : uint8 (n_images, height, width, 3), RGB; an array, a memory map or a tensor on any device
+    pixels : uint8 (n_images, height, width, 3), RGB; an array, a memory map, a tensor on any device, or files that are
+        decoded when rows are asked for
     ids : one name an image, unique: a relative path with forward slashes, or a running number
     name : what the set is called in reports
+    digest : ``chained_digest`` of the pixels, where whoever read them has taken it
     """
 
-    pixels: np.ndarray | Tensor
+    pixels: np.ndarray | Tensor | StoredPixels
     ids: Sequence[str]
     name: str = "images"
+    digest: str | None = None
 
     def __post_init__(self) -> None:
         shape, dtype = tuple(self.pixels.shape), str(self.pixels.dtype).removeprefix("torch.")
@@ -48,14 +80,22 @@ class ImageSet:
         return int(self.pixels.shape[1]), int(self.pixels.shape[2])
 
     @property
-    def array(self) -> np.ndarray:
-        """The pixels as a NumPy array or memory map, (n_images, height, width, 3) uint8."""
+    def array(self) -> np.ndarray | StoredPixels:
+        """The pixels as what rows can be taken of: an array, a memory map or files, (n_images, height, width, 3) uint8.
+        """
         return self.pixels.cpu().numpy() if isinstance(self.pixels, Tensor) else self.pixels
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hex digits of the pixels and the ids; a cache is valid for one fingerprint."""
-        return fingerprint(array_fingerprint(self.array), list(self.ids))
+        """16 hex digits of the pixels and the ids, wherever they lie; a cache is valid for one fingerprint."""
+        return fingerprint(self.digest or self._digest(), tuple(self.pixels.shape), list(self.ids))
+
+    def _digest(self) -> str:
+        pixels, digest = self.array, ""
+        rows = max(1, _BLOCK_BYTES // max(1, 3 * self.size[0] * self.size[1]))
+        for start in range(0, len(self), rows):
+            digest = chained_digest(np.asarray(pixels[start : start + rows]), digest)
+        return digest
 
     def select(self, rows: np.ndarray) -> "ImageSet":
         """Return the images of ``rows`` (integer indices), in that order."""

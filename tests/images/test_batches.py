@@ -1,5 +1,10 @@
-"""The order of an epoch, and two stores of pixels that give the same batches."""
+"""The order of an epoch, and two stores of pixels that give the same batches, expected or not."""
 
+import gc
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -7,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from phyla.errors import InputError
-from phyla.images.batches import Order, Pixels, Resident, Streaming, in_order, open_pixels
+from phyla.errors import CorruptFileError, InputError
+from phyla.images.batches import AHEAD, Order, Pixels, Resident, Streaming, in_order, open_pixels
 from phyla.types import ImageSet
 
 CPU = torch.device("cpu")
@@ -18,7 +23,7 @@ def pictures(n: int = 7) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (n, 4, 5, 3), dtype=np.uint8)
 
 
-def image_set(pixels: np.ndarray | torch.Tensor) -> ImageSet:
+def image_set(pixels: "np.ndarray | torch.Tensor | Slow") -> ImageSet:
     return ImageSet(pixels, [str(i) for i in range(len(pixels))])
 
 
@@ -122,9 +127,12 @@ def test_a_batch_holds_the_images_asked_for_in_that_order(store: type[Resident |
     pixels_of: Pixels = store(image_set(pixels), CPU)
     assert len(pixels_of) == 7
     for rows in ([3, 0, 6], [5], [2, 2, 1], [0, 1, 2, 3, 4, 5, 6]):
-        batch = pixels_of.take(torch.tensor(rows))
-        assert batch.dtype == torch.uint8
-        np.testing.assert_array_equal(batch.numpy(), plain[rows])
+        for expected in (None, rows, [4]):
+            if expected is not None:
+                pixels_of.expect(torch.tensor(expected))
+            batch = pixels_of.take(torch.tensor(rows))
+            assert batch.dtype == torch.uint8
+            np.testing.assert_array_equal(batch.numpy(), plain[rows])
 
 
 @pytest.mark.parametrize("store", [Resident, Streaming])
@@ -140,11 +148,137 @@ def test_no_images_are_an_empty_batch() -> None:
         assert store(image_set(pictures()), CPU).take(none).shape == (0, 4, 5, 3)
 
 
+@pytest.mark.parametrize("store", [Resident, Streaming])
+def test_an_image_that_is_not_there_is_an_error(store: type[Resident | Streaming]) -> None:
+    with pytest.raises(IndexError):
+        store(image_set(pictures()), CPU).take(torch.tensor([0, 7]))
+
+
+# ---- reading ahead ------------------------------------------------------------------------------------------------
+
+
+class Slow:
+    """Pixels that say when they are read, and by which thread; they wait until they are let go."""
+
+    dtype = np.dtype(np.uint8)
+    shape = (7, 4, 5, 3)
+
+    def __init__(self) -> None:
+        self.reads: list[list[int]] = []
+        self.threads: set[str] = set()
+        self.go = threading.Event()
+        self.go.set()
+
+    def __len__(self) -> int:
+        return 7
+
+    def __iter__(self):
+        return iter(pictures())
+
+    def __getitem__(self, rows: int | slice | np.ndarray) -> np.ndarray:
+        return pictures()[rows]
+
+    def read(self, rows: np.ndarray, out: np.ndarray) -> None:
+        self.go.wait(10)
+        self.reads.append(rows.tolist())
+        self.threads.add(threading.current_thread().name)
+        if 6 in rows:
+            raise CorruptFileError("'g.jpg' is damaged")
+        out[:] = pictures()[rows]
+
+
+def test_what_is_expected_is_read_in_the_background_and_once() -> None:
+    slow = Slow()
+    store = Streaming(image_set(slow), CPU)
+    order = torch.tensor([3, 1, 2, 0, 5, 4])
+    slow.go.clear()
+    store.expect(order[:2])
+    store.expect(order[2:4])  # neither call waits
+    assert slow.reads == []
+    slow.go.set()
+    for part in (order[:2], torch.tensor([2, 0])):  # the same memory, or the same numbers
+        np.testing.assert_array_equal(store.take(part).numpy(), pictures()[part.numpy()])
+    assert slow.reads == [[3, 1], [2, 0]] and threading.current_thread().name not in slow.threads
+
+
+def test_no_more_is_read_ahead_than_allowed() -> None:
+    slow = Slow()
+    store = Streaming(image_set(slow), CPU)
+    slow.go.clear()
+    for row in (0, 1, 2, 3, 4):
+        store.expect(torch.tensor([row]))
+    slow.go.set()
+    np.testing.assert_array_equal(store.take(torch.tensor([4])).numpy(), pictures()[[4]])
+    assert len(slow.reads) <= AHEAD + 1, "the one that was under way, and the last ones"
+
+
+def test_indices_that_change_after_they_were_expected_are_read_anew() -> None:
+    store, indices = Streaming(image_set(pictures()), CPU), torch.tensor([1, 2])
+    store.expect(indices)
+    indices += 1
+    np.testing.assert_array_equal(store.take(indices).numpy(), pictures()[[2, 3]])
+
+
+def test_what_goes_wrong_in_the_background_is_told_where_the_batch_is_taken() -> None:
+    store = Streaming(image_set(Slow()), CPU)
+    store.expect(torch.tensor([6, 0]))
+    store.expect(torch.tensor([0]))
+    with pytest.raises(CorruptFileError, match=r"'g\.jpg' is damaged"):
+        store.take(torch.tensor([6, 0]))
+    np.testing.assert_array_equal(store.take(torch.tensor([0])).numpy(), pictures()[[0]])
+
+
+def readers() -> int:
+    return sum(thread.name.startswith(("phyla-batch", "phyla-read")) for thread in threading.enumerate())
+
+
+def settled(n: int) -> bool:
+    for _ in range(200):
+        if readers() == n:
+            return True
+        time.sleep(0.01)
+    return False
+
+
+@pytest.mark.parametrize("how", ["closed", "forgotten"])
+def test_threads_end_with_the_store(how: str, tmp_path: Path) -> None:
+    gc.collect()
+    assert settled(0)
+    store = Streaming(image_set(read_only_map(pictures(), tmp_path)), CPU)
+    store.expect(torch.tensor([0, 1]))
+    store.take(torch.tensor([2]))
+    assert readers() > 0
+    if how == "closed":
+        store.close()
+    else:
+        del store
+        gc.collect()
+    assert settled(0)
+
+
+def test_the_interpreter_ends_while_a_batch_is_being_read() -> None:
+    program = """
+import time, numpy as np, torch
+from phyla.images.batches import Streaming
+from phyla.types import ImageSet
+class Slow:
+    dtype, shape = np.dtype(np.uint8), (4, 2, 2, 3)
+    def __len__(self): return 4
+    def __getitem__(self, rows): return np.zeros(self.shape, np.uint8)[rows]
+    __iter__ = None
+    def read(self, rows, out): time.sleep(0.2)
+store = Streaming(ImageSet(Slow(), list("abcd")), torch.device("cpu"))
+store.expect(torch.tensor([0])), store.expect(torch.tensor([1]))
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
 def test_small_sets_are_resident_and_large_ones_stream() -> None:
     images = image_set(pictures())
     assert isinstance(open_pixels(images, CPU), Resident)
     assert isinstance(open_pixels(images, CPU, resident_bytes=7 * 4 * 5 * 3), Resident)
     assert isinstance(open_pixels(images, CPU, resident_bytes=7 * 4 * 5 * 3 - 1), Streaming)
+    assert isinstance(open_pixels(image_set(Slow()), CPU), Streaming), "what is not kept, whatever its size"
 
 
 @pytest.mark.usefixtures("unchecked")

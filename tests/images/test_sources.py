@@ -17,6 +17,7 @@ from phyla.images.decode import square
 from phyla.images.folders import stream_images
 from phyla.images.imagenet import CLASS_IDS
 from phyla.images.sources import Loaded, evenly, from_array, open_images
+from phyla.images.stored import FilePixels
 
 REAL = os.environ.get("PHYLA_DATA", "")
 
@@ -325,6 +326,28 @@ def test_a_cache_is_used_the_next_time(photos, tmp_path, monkeypatch, caplog):
     assert len(caplog.messages) == 3
 
 
+@pytest.mark.parametrize("keep", ["memory", "file", "off"])
+def test_however_pixels_are_kept_they_are_the_same(photos, tmp_path, keep):
+    plain = open_images(photos, size=24)
+    loaded = open_images(photos, size=24, cache=tmp_path / "kept", keep=keep)
+    kinds = {"memory": np.ndarray, "file": np.memmap, "off": FilePixels}
+    assert type(loaded.images.pixels) is kinds[keep]
+    assert loaded.images.fingerprint == plain.images.fingerprint and loaded.skipped == plain.skipped
+    np.testing.assert_array_equal(np.asarray(loaded.images.array), plain.images.array)
+    np.testing.assert_array_equal(loaded.images.select(np.array([5, 0])).array, plain.images.array[[5, 0]])
+
+
+def test_files_that_are_not_kept_are_looked_at_once(photos, tmp_path, monkeypatch):
+    first = open_images(photos, size=24, cache=tmp_path, keep="off")
+    with monkeypatch.context() as patch:
+        patch.setattr(sources, "stream_images", None)
+        again = open_images(photos, size=24, cache=tmp_path, keep="off")
+        assert again.images.fingerprint == first.images.fingerprint and again.skipped == first.skipped
+    assert not list(tmp_path.glob("*.npy"))
+    Image.new("RGB", (40, 40), "red").save(photos / "dogs" / "00.png")
+    assert open_images(photos, size=24, cache=tmp_path, keep="off").images.fingerprint != first.images.fingerprint
+
+
 def test_a_cache_forgets_what_changed(photos, tmp_path):
     kept = tmp_path / "kept"
     first = open_images(photos, cache=kept)
@@ -425,7 +448,7 @@ def test_loaded_knows_no_label(tmp_path):
     official.cifar10(tmp_path)
     loaded = opened("cifar10", tmp_path)
     assert set(vars(loaded)) == {"images", "skipped"}
-    assert set(vars(loaded.images)) == {"pixels", "ids", "name"}
+    assert set(vars(loaded.images)) == {"pixels", "ids", "name", "digest"}
     assert "label" not in json.dumps(list(loaded.images.ids))
 
 

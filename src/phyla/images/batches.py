@@ -1,6 +1,8 @@
 """Batches of pixels: the order of an epoch, and two stores with one interface (resident on the device, streaming)."""
 
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -10,12 +12,15 @@ from jaxtyping import Int, UInt8
 from torch import Tensor
 
 from phyla.errors import InputError
+from phyla.images.reader import Reader
 from phyla.randomness import generator
 from phyla.types import ImageSet
 
 RESIDENT_BYTES = 4 << 30
 """Sets up to this size live on the device as uint8; larger ones stream from disk or host memory."""
 
+AHEAD = 2
+"""Batches that are read before they are asked for, at most."""
 
 CPU = torch.device("cpu")
 
@@ -30,12 +35,15 @@ class Pixels(Protocol):
     def take(self, indices: Int[Tensor, " batch"]) -> UInt8[Tensor, "batch height width 3"]:
         """Return the images of ``indices`` on the device."""
 
+    def expect(self, indices: Int[Tensor, " batch"]) -> None:
+        """Hear that ``take(indices)`` comes soon: what must be read for it is read meanwhile."""
+
 
 class Resident:
     """All pixels on the device as uint8; a batch is one gather, without a copy from the host."""
 
     def __init__(self, images: ImageSet, device: torch.device) -> None:
-        held = images.pixels if isinstance(images.pixels, Tensor) else _tensor(images.array)
+        held = images.pixels if isinstance(images.pixels, Tensor) else _tensor(np.asarray(images.array))
         self.pixels = held.to(device)
 
     def __len__(self) -> int:
@@ -45,34 +53,81 @@ class Resident:
         """Return the images of ``indices`` on the device."""
         return self.pixels[indices]
 
+    def expect(self, indices: Int[Tensor, " batch"]) -> None:
+        """Do nothing: everything is here."""
+
 
 class Streaming:
-    """Pixels in a memory map or in host memory; only a batch at a time goes to the device."""
+    """Pixels in files, a memory map or host memory; batches that are expected are read while the device computes.
+
+    At most two batches are read ahead. For a CUDA device they lie in pinned memory and are copied from it while the
+    host goes on.
+    """
 
     def __init__(self, images: ImageSet, device: torch.device) -> None:
-        self.array, self.device = images.array, device
+        self.device, self._reader = device, Reader(images.array, pinned=device.type == "cuda")
+        self._ahead: deque[tuple[Tensor, int, Future[Tensor]]] = deque()
 
     def __len__(self) -> int:
-        return len(self.array)
+        return len(self._reader)
+
+    def expect(self, indices: Int[Tensor, " batch"]) -> None:
+        """Begin to read the images of ``indices``, which may be on the device or, without a wait, on the host."""
+        while len(self._ahead) >= AHEAD:  # never asked for after all
+            self._drop()
+        self._ahead.append((indices, _version(indices), self._reader.start(indices.cpu().numpy())))
 
     def take(self, indices: Int[Tensor, " batch"]) -> UInt8[Tensor, "batch height width 3"]:
-        """Return the images of ``indices`` on the device; rows are read in the order they lie on disk."""
-        rows = indices.cpu().numpy()
-        order = np.argsort(rows, kind="stable")
-        batch = np.empty((len(rows), *self.array.shape[1:]), np.uint8)
-        batch[order] = self.array[rows[order]]
-        return torch.from_numpy(batch).to(self.device, non_blocking=True)
+        """Return the images of ``indices`` on the device.
+
+        Raises
+        ------
+        CorruptFileError
+            A file can no longer be read; names it.
+        """
+        at = next((place for place, held in enumerate(self._ahead) if _is(indices, *held[:2])), None)
+        if at is None:
+            batch = self._reader.start(indices.cpu().numpy()).result()
+        else:
+            for _ in range(at):
+                self._drop()
+            batch = self._ahead.popleft()[2].result()
+        return batch.to(self.device, non_blocking=True)
+
+    def close(self) -> None:
+        """End the threads that read ahead; happens by itself when nobody holds this any more."""
+        while self._ahead:
+            self._drop()
+        self._reader.close()
+
+    def _drop(self) -> None:
+        self._ahead.popleft()[2].cancel()
+
+
+def _version(indices: Tensor) -> int:
+    return 0 if indices.is_inference() else indices._version
+
+
+def _is(indices: Tensor, expected: Tensor, version: int) -> bool:
+    """Return whether two tensors of indices are the same, without asking the device where their memory tells."""
+    if indices.shape != expected.shape or _version(expected) != version:
+        return False
+    if indices.data_ptr() == expected.data_ptr() and indices.device == expected.device:
+        return indices.stride() == expected.stride()
+    return indices.device == expected.device and torch.equal(indices, expected)
 
 
 def open_pixels(images: ImageSet, device: torch.device, *, resident_bytes: int = RESIDENT_BYTES) -> Pixels:
     """Return the store that fits the set: resident up to ``resident_bytes``, streaming above.
 
-    On a CUDA device half of the free memory is the limit if that is less: the rest is for the network.
+    On a CUDA device half of the free memory is the limit if that is less: the rest is for the network. Pixels that are
+    not kept stream whatever their size.
     """
     n_bytes = len(images) * 3 * images.size[0] * images.size[1]
     if device.type == "cuda":
         resident_bytes = min(resident_bytes, torch.cuda.mem_get_info(device)[0] // 2)
-    return Resident(images, device) if n_bytes <= resident_bytes else Streaming(images, device)
+    is_kept = isinstance(images.pixels, np.ndarray | Tensor)
+    return Resident(images, device) if is_kept and n_bytes <= resident_bytes else Streaming(images, device)
 
 
 @dataclass(frozen=True)

@@ -223,7 +223,7 @@ def read_columns(path: Path, *columns: Sequence[str]) -> list[tuple[str, ...]]:
 def default_size(files: Sequence[ImageFile]) -> int:
     """Return a size that suits the files: the median shorter side of a sample, in eights, from 16 to 96."""
     chosen = np.linspace(0, len(files) - 1, min(_SAMPLED, len(files))).round().astype(int)
-    sides = [side for i in chosen if (side := shorter_side(files[i].path))]
+    sides = [side for i in chosen.tolist() if (side := shorter_side(files[i].path))]
     if not sides:  # damaged ones may cluster where the sample fell
         sides = list(islice((side for file in files if (side := shorter_side(file.path))), 1))
     middle = int(np.median(sides)) if sides else _LARGEST_DEFAULT
@@ -307,9 +307,12 @@ def _decode_into(out: np.ndarray, files: list[ImageFile], size: int) -> list[str
     return reasons
 
 
-def report_skipped(skipped: Sequence[tuple[str, str]]) -> None:
-    """Name files that were left out in the log: the first ones one by one, and how many there are."""
-    _report_count(_report(skipped, 0, strict=False))
+def report_skipped(skipped: Sequence[tuple[str, str]], *, strict: bool = False) -> None:
+    """Name files that were left out in the log: the first ones one by one, and how many there are.
+
+    With ``strict`` the first one is a CorruptFileError.
+    """
+    _report_count(_report(skipped, 0, strict))
 
 
 def _report(skipped: Sequence[tuple[str, str]], before: int, strict: bool) -> int:

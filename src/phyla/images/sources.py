@@ -7,6 +7,7 @@ Pixels only: labels are read by ``evaluate.truth``, from the same places, by the
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,9 @@ from phyla.images import finegrained, formats
 from phyla.images.arrays import from_array, read_array_file
 from phyla.images.catalog import DATASETS, Found, data_set_name, locate, not_found, split_parts
 from phyla.images.decode import SUFFIXES, checked_size, square
-from phyla.images.folders import Chunk, ImageFile, default_size, find_images, is_there, report_skipped, stream_images
-from phyla.images.gather import Loaded, gather, kept_file, reopened
+from phyla.images.folders import Chunk, ImageFile, default_size, find_images, is_there, stream_images
+from phyla.images.gather import Keep, Loaded, Source, gather, how_kept, kept_file, looked_at
+from phyla.images.stored import FileList, FilePixels
 from phyla.types import ImageSet
 
 __all__ = ["Loaded", "evenly", "from_array", "open_images"]
@@ -27,7 +29,7 @@ _ROWS = 1024  # images of an array that are resized and copied in one go
 
 def open_images(source: str | Path, *, split: str = "train", size: int | None = None, data_dir: Path | None = None,
                 limit: int | None = None, strict: bool = False, download: bool = True,
-                cache: Path | None = None) -> Loaded:
+                cache: Path | None = None, keep: Keep = "auto") -> Loaded:
     """Return the images of a data set, folder, list file (.txt, .csv, .tsv) or array file (.npy, .npz).
 
     Parameters
@@ -40,6 +42,9 @@ def open_images(source: str | Path, *, split: str = "train", size: int | None = 
     strict : stop at the first file that cannot be read instead of leaving it out
     download : get a missing data set from its official address
     cache : folder that keeps the decoded pixels of files, read through a memory map now and next time
+    keep : the pixels of files in memory, in a file, or not at all (off: decoded whenever they are asked for); auto is
+        a file where ``cache`` is given, memory up to 4 GB where it is not, a file above, and off where that would take
+        more than 100 GB or half of the free disk
 
     Raises
     ------
@@ -55,7 +60,7 @@ def open_images(source: str | Path, *, split: str = "train", size: int | None = 
         raise InputError(f"limit={limit} leaves no image", "give 1 or more, or leave it out")
     name = data_set_name(source) if isinstance(source, str) else None
     if name is not None:
-        return _open_data_set(name, split, size, data_dir, limit, strict, download, cache)
+        return _open_data_set(name, split, size, data_dir, limit, strict, download, cache, keep)
     path = _existing(source)
     if path.is_file() and path.suffix.lower() in (".npy", ".npz"):
         array, ids = read_array_file(path)
@@ -63,7 +68,7 @@ def open_images(source: str | Path, *, split: str = "train", size: int | None = 
     if path.is_file() and path.suffix.lower() in SUFFIXES:
         raise InputError(f"{path} is one image, and classes are found among many",
                          f"give its folder, {path.parent}, or a list of files")
-    return _open_files(find_images(path), path.resolve().name or str(path), size, limit, strict, cache)
+    return _open_files(find_images(path), path.resolve().name or str(path), size, limit, strict, cache, keep)
 
 
 def evenly(n: int, limit: int | None) -> np.ndarray:
@@ -94,15 +99,19 @@ def _stamp(path: Path | str) -> tuple[int, int]:
 
 
 def _open_files(files: Sequence[ImageFile], name: str, size: int | None, limit: int | None, strict: bool,
-                cache: Path | None) -> Loaded:
-    files = [files[int(row)] for row in evenly(len(files), limit)]
-    size = size or default_size(files)
-    shape = (len(files), size, size)
-    kept = kept_file(cache, name, shape, lambda: [(file.id, *_stamp(file.path)) for file in files])
-    if kept and (again := reopened(kept, name)) and not (strict and again.skipped):
-        report_skipped(again.skipped)
-        return again
-    return gather(stream_images(files, size=size, strict=strict), name, shape, file=kept)
+                cache: Path | None, keep: Keep) -> Loaded:
+    packed = FileList(files[int(row)] for row in evenly(len(files), limit))
+    size = size or default_size(packed)
+
+    def chunks(start: int) -> Iterator[Chunk]:
+        return stream_images((packed[row] for row in range(start, len(packed))), size=size, strict=strict)
+
+    source = Source(name, [file.id for file in packed], size, chunks, strict)
+    how = how_kept(keep, source.n_bytes, cache)
+    if how == "memory":
+        return gather(source)
+    file = kept_file(cache, name, source.shape, [(file.id, *_stamp(file.path)) for file in packed])
+    return gather(source, file) if how == "file" else looked_at(source, file, partial(FilePixels, packed, size=size))
 
 
 # ── arrays and data sets by name ──────────────────────────────────────────────────────────────────────────────────
@@ -112,17 +121,17 @@ def _open_array(images: ImageSet, size: int | None, limit: int | None, what: obj
     rows = evenly(len(images), limit)
     if size is None or images.size == (size, size):
         return Loaded(images if len(rows) == len(images) else images.select(rows))
-    return _gathered([images.array], images.ids, rows, size, images.name, what)
+    return _gathered([np.asarray(images.array)], images.ids, rows, size, images.name, what)
 
 
 def _open_data_set(name: str, split: str, size: int | None, data_dir: Path | None, limit: int | None, strict: bool,
-                   download: bool, cache: Path | None) -> Loaded:
+                   download: bool, cache: Path | None, keep: Keep) -> Loaded:
     found = {part: _obtained(name, part, data_dir, download) for part in split_parts(name, split)}
     title = f"{DATASETS[name].title} {'+'.join(found)}"
     size = size or DATASETS[name].size
     if next(iter(found.values())).layout.reader in ("imagenet", "dogs", "cub"):
         files = [file for part, place in found.items() for file in _image_files(name, part, place)]
-        return _open_files(files, title, size, limit, strict, cache)
+        return _open_files(files, title, size, limit, strict, cache, keep)
     arrays = {part: _pixels(place) for part, place in found.items()}
     ids = [f"{part}/{row:05d}" for part, array in arrays.items() for row in range(len(array))]
     rows = evenly(len(ids), limit)
@@ -183,11 +192,11 @@ def _image_files(name: str, part: str, found: Found) -> list[ImageFile]:
 
 def _gathered(arrays: Sequence[np.ndarray], ids: Sequence[str], rows: np.ndarray, size: int, name: str,
               what: object) -> Loaded:
-    shape = (len(rows), size, size)
-    kept = kept_file(None, name, shape, lambda: [what, [ids[int(row)] for row in rows]])
-    if kept and (again := reopened(kept, name)):
-        return again
-    return gather(_chunks(arrays, ids, rows, size), name, shape, file=kept)
+    chosen = [ids[int(row)] for row in rows]
+    source = Source(name, chosen, size, lambda start: _chunks(arrays, ids, rows[start:], size))
+    if how_kept("auto", source.n_bytes, None) == "memory":
+        return gather(source)
+    return gather(source, kept_file(None, name, source.shape, [what, chosen]))
 
 
 def _chunks(arrays: Sequence[np.ndarray], ids: Sequence[str], rows: np.ndarray, size: int) -> Iterator[Chunk]:

@@ -79,7 +79,7 @@ def is_tiny(images: ImageSet) -> bool:
 
 def pixels_of(images: ImageSet, rows: Sequence[int]) -> np.ndarray:
     """Return the pixels of ``rows``, uint8 (n_rows, height, width, 3); reads no other image."""
-    return images.select(np.asarray(rows, dtype=np.int64)).array
+    return np.asarray(images.select(np.asarray(rows, dtype=np.int64)).array)
 
 
 def _fitting_step(images: ImageSet, rows: Sequence[int], budget: int) -> tuple[int, int]:
