@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from phyla.embed import device_of, embed, forward_all, weights_fingerprint
 from phyla.errors import InputError
 from phyla.images.augment import Views
-from phyla.images.batches import Streaming
+from phyla.images.batches import AHEAD, Streaming
 from phyla.progress import shown_by
 from phyla.randomness import generator
 from phyla.training.device import Device
+from phyla.training.group import ALONE, Group
 from phyla.types import ImageSet
 
 PLAIN = Views("plain", 8)
@@ -151,3 +152,48 @@ def test_without_a_device_it_computes_where_the_encoder_is(digits, encoder):
     on_gpu = embed(digits, encoder.cuda(), PLAIN).values
     assert next(encoder.parameters()).is_cuda
     assert np.abs(on_gpu - on_cpu).max() < 0.05 * np.abs(on_cpu).max()
+
+
+# ── reading ahead, and many processes ─────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("n_batches", [1, 2, 5])
+def test_the_next_batches_are_expected_before_one_is_taken(digits, monkeypatch, n_batches):
+    told = []
+
+    class Told(Streaming):
+        def expect(self, indices: Tensor) -> None:
+            told.append(("expect", int(indices[0])))
+            super().expect(indices)
+
+        def take(self, indices: Tensor) -> Tensor:
+            told.append(("take", int(indices[0])))
+            return super().take(indices)
+
+    monkeypatch.setattr("phyla.embed.open_pixels", Told)
+    some = digits.select(np.arange(9 * n_batches))
+    found = embed(some, Means(), PLAIN, batch_size=9)
+    takes = [first for what, first in told if what == "take"]
+    assert takes == [9 * i for i in range(n_batches)]
+    for i, first in enumerate(takes):
+        seen = {at for what, at in told[: told.index(("take", first))] if what == "expect"}
+        assert seen == set(takes[: i + AHEAD])
+    np.testing.assert_array_equal(found.values, embed(digits, Means(), PLAIN, batch_size=9).values[: 9 * n_batches])
+
+
+def _forwards(group: Group) -> list[Tensor]:
+    pixels = np.random.default_rng(0).integers(0, 256, (47, 8, 8, 3), dtype=np.uint8)
+    images = ImageSet(pixels, [str(i) for i in range(47)])
+    device = Device(torch.device("cpu"), group=group)
+    net, found = Means(), []
+    for views, batch_size in ((PLAIN, 5), (PLAIN, 47), (PLAIN, 46), (Views("strong", 8), 12), (Views("strong", 8), 46)):
+        found.append(forward_all(images, net, net, views, device=device, batch_size=batch_size))
+    bright = forward_all(images, net, lambda rows: rows.mean(dim=(1, 2, 3)) > 0, PLAIN, device=device, batch_size=9)
+    return [*found, bright]
+
+
+def test_processes_share_the_work_and_each_has_what_one_would_have(processes):
+    expected = _forwards(ALONE)
+    for found in processes.run(_forwards):
+        for ours, theirs in zip(found, expected, strict=True):
+            assert torch.equal(ours, theirs)

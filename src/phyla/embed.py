@@ -1,6 +1,8 @@
 """Images and an encoder in, one embedding an image out; and the one place where a network is run over a whole set."""
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -8,8 +10,8 @@ from torch import Tensor, nn
 
 from phyla.errors import InputError
 from phyla.images.augment import Views
-from phyla.images.batches import in_order, open_pixels
-from phyla.progress import bar
+from phyla.images.batches import AHEAD, CPU, Streaming, open_pixels
+from phyla.progress import Bar, bar
 from phyla.randomness import generator
 from phyla.storage import fingerprint
 from phyla.training.device import Device, choose_device
@@ -37,30 +39,105 @@ def forward_all(images: ImageSet, net: nn.Module, function: Callable[[Tensor], T
     """Return ``function`` of the views of all images, (n_images, ...) on the device, ``net`` in evaluation mode.
 
     ``device`` None is where ``net`` is; ``seed`` names the random views when ``views`` are random; ``title`` shows a
-    progress bar.
+    progress bar. The processes of a group share the work, and each has the whole result: that of one process.
     """
     device = device or device_of(net)
-    pixels = open_pixels(images, device.device)
+    if not len(images):
+        raise InputError("there is no image to embed or predict")
+    with evaluating(net, device), bar(title, total=len(images), unit="image") as shown:
+        work = Forward(images, function, views, device=device, batch_size=batch_size, seed=seed, shown=shown)
+        return work.shared() if device.group.size > 1 else work.rows(range(len(images)))
+
+
+@contextmanager
+def evaluating(net: nn.Module, device: Device) -> Iterator[None]:
+    """Have ``net`` on the device, in evaluation mode and without gradients; its mode is restored afterwards."""
     was_training = net.training
     device.place(net).eval()
-    out: Tensor | None = None
-    start = 0
-    source = generator(seed, "forward")
     try:
-        with torch.no_grad(), bar(title, total=len(images), unit="image") as shown:
-            for rows in in_order(len(images), batch_size, device.device):
-                with device.autocast():
-                    batch = function(device.arrange(views(pixels.take(rows), source)))
-                if out is None:
-                    out = batch.new_empty((len(images), *batch.shape[1:]))
-                out[start : start + len(rows)] = batch
-                start += len(rows)
-                shown.advance(len(rows))
+        with torch.no_grad():
+            yield
     finally:
         net.train(was_training)
-    if out is None:
-        raise InputError("there is no image to embed or predict")
-    return out
+
+
+class Forward:
+    """``function`` of the views of ``images``, batch after batch; pixels that must be read are read two batches ahead.
+
+    Parameters
+    ----------
+    images, function, views : as in ``forward_all``
+    seed : of random views
+    shown : a bar that counts images
+    """
+
+    def __init__(self, images: ImageSet, function: Callable[[Tensor], Tensor], views: Views, *, device: Device,
+                 batch_size: int, shown: Bar, seed: int = 0) -> None:
+        if batch_size < 1:
+            raise InputError(f"batch_size must be at least 1, got {batch_size}")
+        self.function, self.views, self.device, self.batch_size = function, views, device, batch_size
+        self.shown, self.n_images = shown, len(images)
+        self._pixels, self._source = open_pixels(images, device.device), generator(seed, "forward")
+        self._home = CPU if isinstance(self._pixels, Streaming) else device.device
+
+    def rows(self, span: range) -> Tensor:
+        """Return the outputs of the images of ``span``, at least one, in one array made at the start."""
+        batches = [(at, min(at + self.batch_size, span.stop)) for at in range(span.start, span.stop, self.batch_size)]
+        out: Tensor | None = None
+        for (start, stop), indices in zip(batches, self._taken(batches), strict=True):
+            found = self._of(self._pixels.take(indices))
+            if out is None:
+                out = found.new_empty((len(span), *found.shape[1:]))
+            out[start - span.start : stop - span.start] = found
+            self.shown.advance(stop - start)
+        if out is None:
+            raise InputError("there is no image to embed or predict")
+        return out
+
+    def shared(self) -> Tensor:
+        """Return the outputs of all images, of which each process of the group computes some.
+
+        Batches are those of one process: their size may decide the last bit of a result.
+        """
+        group, size, n = self.device.group, self.batch_size, -(-self.n_images // self.batch_size)
+        if self.views.kind not in ("plain", "weak"):
+            return self._shared_by_batch()
+        if n < group.size:
+            return self.rows(range(self.n_images))
+        own = group.part(n)
+        rows = self.rows(range(own.start * size, min(own.stop * size, self.n_images)))
+        whole = rows.new_zeros(((own.stop - own.start) * size, *rows.shape[1:]))
+        whole[: len(rows)] = rows
+        batches = whole.view(-1, size, *rows.shape[1:])
+        return group.collect(batches, n).flatten(0, 1)[: self.n_images]
+
+    def _shared_by_batch(self) -> Tensor:
+        # What is random follows from batch to batch, and is drawn for a whole one: each process takes rows of each.
+        group, parts = self.device.group, []
+        for start in range(0, self.n_images, self.batch_size):
+            n = min(self.batch_size, self.n_images - start)
+            own = group.part(n) if n >= group.size else slice(0, n)
+            indices = torch.arange(start + own.start, start + own.stop, device=self._home)
+            found = self._of(self._pixels.take(indices), total=n, start=own.start)
+            parts.append(group.collect(found, n) if n >= group.size else found)
+            self.shown.advance(n)
+        return torch.cat(parts)
+
+    def _of(self, pixels: Tensor, *, total: int | None = None, start: int = 0) -> Tensor:
+        views = self.views(pixels, self._source, total=total, start=start)
+        with self.device.autocast():
+            return self.function(self.device.arrange(views))
+
+    def _taken(self, batches: list[tuple[int, int]]) -> Iterator[Tensor]:
+        """Yield the indices of each batch, once those of the next ones are expected."""
+        ahead: deque[Tensor] = deque()
+        for start, stop in batches:
+            indices = torch.arange(start, stop, device=self._home)
+            self._pixels.expect(indices)
+            ahead.append(indices)
+            if len(ahead) == AHEAD:
+                yield ahead.popleft()
+        yield from ahead
 
 
 def device_of(net: nn.Module) -> Device:
