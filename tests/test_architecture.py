@@ -17,7 +17,7 @@ LAYERS = (
     {"embed", "neighbors", "quality"}, {"reciprocal"},
     {"pretrain", "cluster", "refine"}, {"layouts"}, {"classifier", "zoo", "rundir"}, {"evaluate"}, {"report"},
     {"pipeline"}, {"recipes"}, {"overrides"}, {"stages", "recorded", "top"}, {"runner"}, {"prediction", "inventory"},
-    {"display"}, {"cli"},
+    {"display", "launch"}, {"cli"},
 )
 """Bottom to top: a module imports from layers below its own, and from its own folder."""
 

@@ -33,7 +33,16 @@ from commands import (
     stage_files,
     table,
 )
-from phyla.cli import main
+from phyla.cli import _guarded, main
+from phyla.errors import (
+    ElsewhereError,
+    InputError,
+    LostProcessError,
+    NonFiniteLossError,
+    PhylaError,
+    StorageError,
+)
+from phyla.launch import LOST
 from phyla.recipes import RECIPES
 from phyla.training import loop
 
@@ -454,3 +463,60 @@ def test_a_full_disk_below_stdout_is_one_line():
     with Path("/dev/full").open("w") as full:
         child = subprocess.run([sys.executable, "-m", "phyla", "list"], stdout=full, stderr=subprocess.PIPE, text=True)
     assert child.returncode == 1 and child.stderr == "error: No space left on device\n"
+
+
+# ── several processes ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Return the calls of ``launch``, none of which starts anything; each ends with code 7."""
+    calls = []
+    for name in ("RANK", "WORLD_SIZE", "PHYLA_LAUNCHED"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("phyla.launch.launch", lambda *given: calls.append(given) or 7)
+    return calls
+
+
+@pytest.mark.parametrize("verb", ["run", "pretrain", "embed", "neighbors", "cluster", "refine", "evaluate"])
+def test_devices_start_the_same_command_so_many_times(started, verb):
+    said = call(verb, "scan-digits", "--devices", "2", "--seed=3")
+    assert said == (7, "", "") and started == [([verb, "scan-digits", "--devices", "2", "--seed=3"], 2)]
+
+
+def test_none_or_too_many_devices_are_refused(started, monkeypatch):
+    assert "'--devices'" in call("run", "--devices", "0").error()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert "leave out --devices" in call("run", "--devices", "2").error()
+    assert started == []
+
+
+@pytest.mark.parametrize(("option", "wanted"), [("--engine=graph", "needs CUDA"), ("--engine=fast", "is not known"),
+                                                ("--batchnorm=none", "allowed: synced, local")])
+def test_an_engine_or_batchnorm_that_cannot_be_is_refused(tmp_path, option, wanted):
+    said = call("run", "scan-digits", "--device", "cpu", option, "--out", tmp_path / "run")
+    assert wanted in said.error() and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("error", "rank", "launched", "told"), [
+    (InputError("x"), 0, False, (2, "error: x\n")),
+    (InputError("x"), 1, False, (2, "")),  # the first process tells it
+    (InputError("x"), 1, True, (2, "error: x\n")),  # and where we started them, whoever is to blame
+    (NonFiniteLossError("x"), 1, False, (1, "")),
+    (StorageError("x"), 1, False, (1, "error: x\n")),
+    (ElsewhereError(0, 2), 1, False, (2, "")),
+    (ElsewhereError(1, 2), 0, True, (LOST, "")),
+    (LostProcessError("x"), 1, False, (1, "error: x\n")),
+    (LostProcessError("x"), 0, True, (LOST, "")),
+    (KeyboardInterrupt(), 1, False, (130, "")),
+])
+def test_of_several_processes_one_tells_an_error(monkeypatch, capsys, error, rank, launched, told):
+    def command(**_):
+        raise error
+
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("PHYLA_LAUNCHED", raising=False)
+    if launched:
+        monkeypatch.setenv("PHYLA_LAUNCHED", "1")
+    assert (_guarded(command, PhylaError), capsys.readouterr().err) == told

@@ -121,6 +121,17 @@ def test_quiet_leaves_warnings_alone(time, capsys):
     assert capsys.readouterr().err == "warning: careful\nwarning: look\n"
 
 
+def test_silent_says_nothing(time, capsys):
+    with showing(quiet=False, silent=True), warnings.catch_warnings():
+        warnings.simplefilter("always")
+        log.warning("a message")
+        warnings.warn("a warning", PhylaWarning, stacklevel=1)
+        with bar("pretrain", total=1, unit="step") as shown:
+            time.now += 100
+            shown.advance()
+    assert capsys.readouterr() == ("", "")
+
+
 def test_afterwards_all_is_as_before(capsys):
     level, handlers, shower = log.level, list(log.handlers), warnings.showwarning
     with pytest.raises(RuntimeError), showing(quiet=False):

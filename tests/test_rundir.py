@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from phyla.errors import CorruptFileError, InputError, StorageError
+from phyla.errors import CorruptFileError, ElsewhereError, InputError, StorageError
 from phyla.nets.heads import Projection
 from phyla.nets.resnet import EncoderSpec
 from phyla.rundir import (
     MARKER,
     RunDir,
+    _workplace,
     is_placed,
     load_assignment,
     load_embeddings,
@@ -28,6 +29,7 @@ from phyla.rundir import (
     save_neighbors,
     save_records,
 )
+from phyla.training.group import Group
 from phyla.types import Assignment, Embeddings, Neighbors
 
 IDENTITY = {"format": 1, "recipe": "scan-digits", "source": "digits"}
@@ -293,3 +295,56 @@ def test_a_folder_in_which_nothing_was_made_is_free_for_another_run(tmp_path):
     other = IDENTITY | {"recipe": "scan-stl10"}
     RunDir(tmp_path / "run", other)
     assert json.loads((tmp_path / "run" / MARKER).read_text()) == other
+
+
+# ── several processes ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _together(group, out, options=("same", "same"), may_make=None):
+    """Return the stage, as this process knows it, and the folder in which it worked on it."""
+    places = []
+
+    def make(folder):
+        places.append(folder)
+        (folder / "out.txt").write_text(f"by {group.rank}")
+        return {"by": group.rank}
+
+    try:
+        run = RunDir(out, IDENTITY, group=group)
+        run.may_make = may_make
+        return run.stage("embed", options[group.rank], [], make, group=group), places
+    except (InputError, ElsewhereError) as error:
+        return error.message, places
+
+
+def test_processes_share_a_stage_and_the_first_one_writes(processes, tmp_path):
+    out = tmp_path / "run"
+    (stage, (place,)), (other, (own,)) = processes.run(_together, out)
+    assert stage == other and stage.facts["by"] == 0 and place == stage.folder
+    assert (stage.folder / "out.txt").read_text() == "by 0"
+    assert not own.is_relative_to(out) and not own.exists()
+    assert sorted(path.name for path in out.iterdir()) == [MARKER, "stages"]
+    assert sorted(path.name for path in stage.folder.iterdir()) == ["done.json", "out.txt"]
+    again = processes.run(_together, out)
+    assert [(found.was_kept, places) for found, places in again] == [(True, []), (True, [])]
+    assert RunDir(out, IDENTITY).stage("embed", "same", [], maker([])).was_kept  # whatever the number of processes
+
+
+def test_processes_that_see_different_things_are_told(processes, tmp_path):
+    told = "process 2 of 2 has other images or options in the embed stage than the first"
+    assert processes.run(_together, tmp_path / "run", ("one", "another")) == [(told, []), (told, [])]
+
+
+def test_what_the_first_refuses_ends_all(processes, tmp_path):
+    (tmp_path / "notes.txt").touch()
+    assert processes.run(_together, tmp_path) == [(f"{tmp_path} is not empty and not a run folder", []),
+                                                  ("process 1 met an error", [])]
+    told, elsewhere = processes.run(_together, tmp_path / "run", ("a", "a"), {"report"})
+    assert "the embed stage of" in told[0] and elsewhere == ("process 1 met an error", [])
+
+
+def test_the_others_work_where_the_starter_tidies_up(tmp_path, monkeypatch):
+    monkeypatch.setenv("PHYLA_SCRATCH", str(tmp_path))
+    with _workplace(tmp_path / "stage", Group(1, 2)) as own:
+        assert own.parent == tmp_path and own.is_dir()
+    assert not own.exists()

@@ -48,14 +48,15 @@ def run(pipeline: "Pipeline | str", out: "Path | str", *, device: str = "auto",
         labels: str | None = "auto") -> "Result":
     """Carry out a recipe (by name, or a Pipeline) in the folder ``out`` and return its scores and notices.
 
-    The same call goes on after a stop, and does nothing when everything is there.
+    The same call goes on after a stop, and does nothing when everything is there. In a program that torchrun started,
+    its processes share the work.
     """
+    from phyla.launch import joined
     from phyla.recipes import recipe
     from phyla.runner import Runner
-    from phyla.training.device import choose_device
 
     chosen = recipe(pipeline) if isinstance(pipeline, str) else pipeline
-    return Runner(chosen, out, device=choose_device(device), labels=labels, command=["phyla.run"]).go()
+    return Runner(chosen, out, device=joined(device), labels=labels, command=["phyla.run"]).go()
 
 
 def __getattr__(name: str) -> object:

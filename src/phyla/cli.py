@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import typer
 
 import phyla
+from phyla import launch
 
 if TYPE_CHECKING:
     from phyla.pipeline import Pipeline
@@ -53,6 +54,12 @@ Labels = Annotated[str | None, typer.Option(metavar="auto|folders|none|CSV", hel
                                             "data set's own, the name of each image's first folder, or a table")]
 DeviceName = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps")]
 Precision = Annotated[str, typer.Option(help="auto, fp32, bf16")]
+Devices = Annotated[int | None, typer.Option(min=1, show_default=False, help="how many processes share the work, each "
+                                             "on a GPU of its own, or all on the CPU")]
+EngineName = Annotated[str, typer.Option("--engine", help="auto, eager, graph (CUDA: a step is recorded once and "
+                                         "replayed), compiled (besides, the network is compiled)")]
+BatchNorm = Annotated[str, typer.Option("--batchnorm", metavar="synced|local", help="with several processes: "
+                                        "statistics of the whole batch, or of each process's part of it")]
 Strict = Annotated[bool, typer.Option("--strict", help="stop at the first unreadable image instead of skipping it")]
 Offline = Annotated[bool, typer.Option("--offline", help="never download anything")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress, warnings and errors alone")]
@@ -65,21 +72,28 @@ def _verb(name: str, until: str, text: str) -> None:
     def verb(what: What = "scan-digits", recipe: FolderRecipe = None, out: Out = None, classes: Classes = None,
              seed: Seed = None, limit: Limit = None, size: Size = None, encoder: Encoder = None, option: Set = None,
              data: DataDir = None, labels: Labels = None, device: DeviceName = "auto",
-             precision: Precision = "auto", strict: Strict = False, offline: Offline = False, quiet: Quiet = False,
+             precision: Precision = "auto", devices: Devices = None, engine: EngineName = "auto",
+             batchnorm: BatchNorm = "synced", strict: Strict = False, offline: Offline = False, quiet: Quiet = False,
              as_json: AsJson = False) -> None:
         from phyla.display import showing
 
-        with showing(quiet=quiet):
+        _launched(devices)
+        with showing(quiet=quiet, silent=launch.rank() > 0):
             from phyla.runner import Runner
-            from phyla.training.device import choose_device
+            from phyla.training.agreement import on_all
+            from phyla.training.group import leave
 
-            asked = _resolve(what, out, folder_recipe=recipe, classes=classes, seed=seed, limit=limit, size=size,
-                             encoder=encoder, changes=option or [])
-            runner = Runner(asked.pipeline, asked.folder, device=choose_device(device, precision), data_dir=data,
+            chosen = launch.joined(device, precision, engine=engine, batchnorm=batchnorm)
+            asked = on_all(chosen.group, lambda: _resolve(
+                what, out, folder_recipe=recipe, classes=classes, seed=seed, limit=limit, size=size, encoder=encoder,
+                changes=option or []))
+            runner = Runner(asked.pipeline, asked.folder, device=chosen, data_dir=data,
                             labels=asked.labels if labels is None else labels, strict=strict, download=not offline,
                             command=["phyla", *sys.argv[1:]])
             result = runner.go(until)  # type: ignore[arg-type]
-        _show(result, as_json=as_json, quiet=quiet, whole=until == "report")
+            leave(chosen.group)
+        if launch.rank() == 0:
+            _show(result, as_json=as_json, quiet=quiet, whole=until == "report")
 
     app.command(name, help=text)(verb)
 
@@ -211,6 +225,12 @@ def import_(checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", hel
 
         facts = import_checkpoint(checkpoint, out, stem, head=head)
     print(_json(facts) if as_json else "\n".join(f"{name}: {value}" for name, value in facts.items()))
+
+
+def _launched(devices: int | None) -> None:
+    """Start the command as so many processes and end with them; go on here when this is one of them."""
+    if launch.wants_launch(devices):
+        sys.exit(launch.launch(sys.argv[1:], devices or 1))
 
 
 class Asked(NamedTuple):
@@ -371,6 +391,8 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal may lack the letters of a file's name
+    if launch.is_launched():
+        launch.follow_starter()
     sys.exit(_guarded(app, PhylaError))
 
 
@@ -379,9 +401,9 @@ def _guarded(command: Callable[..., object], ours: type[Exception]) -> int:
         code = command(prog_name="phyla", standalone_mode=False)
         sys.stdout.flush()
     except ours as error:
-        return _failed(str(error), getattr(error, "exit_code", 1))
+        return _told(error)
     except (KeyboardInterrupt, typer.Abort):
-        code = 130
+        code = launch.INTERRUPTED
     except (BrokenPipeError, SystemExit) as error:  # the command line library turns the first into the second
         if not isinstance(error, BrokenPipeError) and not isinstance(error.__context__, BrokenPipeError):
             raise
@@ -399,9 +421,24 @@ def _guarded(command: Callable[..., object], ours: type[Exception]) -> int:
             return _failed(message, 2)
         _say(message)
         return 2
-    if code == 130:  # the library's code for an interrupt, when it has caught it first
+    if code == launch.INTERRUPTED and launch.rank() == 0:  # the library's own code, when it has caught it first
         _say("stopped; give the same command again to go on where it was")
     return code if isinstance(code, int) else 0
+
+
+def _told(error: Exception) -> int:
+    """Return the exit code for an error of ours, told unless another process of a group tells it."""
+    from phyla.errors import ElsewhereError, InputError, LostProcessError, NonFiniteLossError
+
+    code = int(getattr(error, "exit_code", 1))
+    if launch.is_launched():  # whoever started us shows the message of the one to blame
+        if isinstance(error, ElsewhereError | LostProcessError):
+            return launch.LOST
+        return _failed(str(error), code)
+    of_all = isinstance(error, InputError | NonFiniteLossError)  # the first one meets it, too
+    if isinstance(error, ElsewhereError) or (of_all and launch.rank() > 0):
+        return code
+    return _failed(str(error), code)
 
 
 def _drop_stdout() -> None:

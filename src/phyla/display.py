@@ -17,13 +17,19 @@ LINE_SECONDS = 10.0
 
 
 @contextmanager
-def showing(*, quiet: bool) -> Iterator[None]:
-    """Show progress and log messages on stderr inside this block; with ``quiet`` warnings and errors alone."""
+def showing(*, quiet: bool, silent: bool = False) -> Iterator[None]:
+    """Show progress and log messages on stderr inside this block; with ``quiet`` warnings and errors alone.
+
+    ``silent`` shows nothing: of several processes that do the same, one talks.
+    """
+    quiet = quiet or silent
     logger = logging.getLogger("phyla")
     level = logger.level
     display: Bars | Lines = Lines()
     handler: logging.Handler = _LineHandler()
-    if sys.stderr.isatty() and not quiet:
+    if silent:
+        handler = logging.NullHandler()
+    elif sys.stderr.isatty() and not quiet:
         display, handler = _terminal()
     logger.addHandler(handler)
     logger.setLevel(logging.WARNING if quiet else logging.INFO)

@@ -40,6 +40,14 @@ class LostProcessError(PhylaError):
     """A process that trained together with this one, and has ended or cannot be reached."""
 
 
+class ElsewhereError(PhylaError):
+    """An error that another process of the group met, and tells; this one only ends with it."""
+
+    def __init__(self, rank: int, exit_code: int) -> None:
+        super().__init__(f"process {rank + 1} met an error", "see its message")
+        self.exit_code = exit_code
+
+
 class PhylaWarning(UserWarning):
     """Something worth knowing that did not stop the run."""
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from safetensors import SafetensorError
@@ -37,11 +38,14 @@ from phyla.storage import (
     write_tensors,
     write_text,
 )
+from phyla.training.agreement import by_first, check_alike
+from phyla.training.group import ALONE, Group
 from phyla.types import Assignment, Embeddings, Neighbors
 
 MARKER = RUN_MARKER
 OPTIONS = "options.json"
 LINKED = (".npy", ".safetensors")
+_SCRATCH = "PHYLA_SCRATCH"  # in the environment: a folder that `--devices` deletes after its processes
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ class RunDir:
     ----------
     path : the folder; made when it is not there
     identity : which images and recipe it belongs to; a folder of others is refused
+    group : the processes of the run; the first one alone writes here
 
     Attributes
     ----------
@@ -71,14 +76,14 @@ class RunDir:
     device : in words, what stages are made on; kept with each
     """
 
-    def __init__(self, path: Path | str, identity: dict[str, object] | None = None) -> None:
+    def __init__(self, path: Path | str, identity: dict[str, object] | None = None, *, group: Group = ALONE) -> None:
         self.path = Path(path)
         self.stages: dict[str, Stage] = {}
         self.may_make: set[str] | None = None
         self.remake: set[str] = set()
         self.device = ""
         if identity is not None:
-            self._claim(identity)
+            by_first(group, lambda: self._claim(identity))
 
     def _claim(self, identity: dict[str, object]) -> None:
         marker = self.path / MARKER
@@ -108,10 +113,11 @@ class RunDir:
             partial.unlink(missing_ok=True)  # left by a run that was killed while it wrote
 
     def stage(self, name: str, options: object, inputs: Sequence[str],
-              make: Callable[[Path], dict[str, object]]) -> Stage:
+              make: Callable[[Path], dict[str, object]], *, group: Group = ALONE) -> Stage:
         """Return the finished stage ``name``: kept if its options and inputs are unchanged, made by ``make`` if not.
 
-        ``make`` is given the stage's folder, writes its results there and returns facts for ``done.json``.
+        ``make`` is given the stage's folder, writes its results there and returns facts for ``done.json``. Where a
+        ``group`` makes the stage together, each process but the first gets a folder of its own that is then deleted.
 
         Raises
         ------
@@ -119,23 +125,37 @@ class RunDir:
             A file of a kept stage is gone, or is not as the stage left it.
         """
         key = fingerprint(name, options, list(inputs))
+        check_alike(group, key, what=f"images or options in the {name} stage")
         folder = self.path / "stages" / f"{name}-{key[:10]}"
         done = folder / "done.json"
-        kept = done.exists() and name not in self.remake
+        kept = by_first(group, lambda: self._is_kept(name, done))
+        held: dict[str, object] = {"key": key, "options": options, "inputs": list(inputs)}
         if not kept:
-            if self.may_make is not None and name not in self.may_make:
-                raise InputError(f"the {name} stage of {self.path} is not done, or its images changed since",
-                                 f"bring it up to date first: phyla run {self.path}")
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                done.unlink(missing_ok=True)
-            except OSError as error:
-                raise storage_error(folder, error) from error
             started = time.monotonic()
-            facts = make(folder)
-            write_json(done, {"key": key, "options": options, "inputs": list(inputs), "facts": facts,
-                              "seconds": round(time.monotonic() - started, 2), "files": _digests(folder),
-                              "device": self.device})
+            with _workplace(folder, group) as place:
+                held["facts"] = make(place)
+            held["seconds"] = round(time.monotonic() - started, 2)
+        self.stages[name] = by_first(group, lambda: self._finished(name, folder, held, kept=kept))
+        return self.stages[name]
+
+    def _is_kept(self, name: str, done: Path) -> bool:
+        """Return whether a stage need not be made; else make its folder ready."""
+        if done.exists() and name not in self.remake:
+            return True
+        if self.may_make is not None and name not in self.may_make:
+            raise InputError(f"the {name} stage of {self.path} is not done, or its images changed since",
+                             f"bring it up to date first: phyla run {self.path}")
+        try:
+            done.parent.mkdir(parents=True, exist_ok=True)
+            done.unlink(missing_ok=True)
+        except OSError as error:
+            raise storage_error(done.parent, error) from error
+        return False
+
+    def _finished(self, name: str, folder: Path, made: Mapping[str, object], *, kept: bool) -> Stage:
+        done = folder / "done.json"
+        if not kept:
+            write_json(done, dict(made) | {"files": _digests(folder), "device": self.device})
         with reading(done):
             held = read_json(done)
             told = {"seconds": float(held["seconds"]), "device": held.get("device", "")}
@@ -143,8 +163,17 @@ class RunDir:
             if kept:
                 _check(folder, dict(held.get("files", {})))
         (folder / "checkpoint.pt").unlink(missing_ok=True)
-        self.stages[name] = Stage(name, key, folder, facts, kept)
-        return self.stages[name]
+        return Stage(name, str(made["key"]), folder, facts, kept)
+
+
+@contextmanager
+def _workplace(folder: Path, group: Group) -> Iterator[Path]:
+    """Give the folder in which a process makes a stage: the stage's own to the first, one that is deleted to others."""
+    if group.is_first:
+        yield folder
+        return
+    with TemporaryDirectory(prefix="phyla-", dir=os.environ.get(_SCRATCH)) as own:
+        yield Path(own)
 
 
 def _unusable(path: Path, error: OSError) -> PhylaError:

@@ -7,7 +7,7 @@ import logging
 import os
 import platform
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -34,6 +34,7 @@ from phyla.report.page import ReportInput, build_report
 from phyla.rundir import (
     OPTIONS,
     RunDir,
+    Stage,
     load_assignment,
     load_embeddings,
     load_neighbors,
@@ -43,6 +44,7 @@ from phyla.rundir import (
 )
 from phyla.storage import array_fingerprint, read_json, write_json
 from phyla.top import Top
+from phyla.training.agreement import by_first, first_then_others, on_all
 from phyla.training.device import Device, choose_device
 from phyla.types import Assignment, Embeddings, ImageSet, Neighbors, Scores
 from phyla.zoo import PublishedEncoder, checkpoint_stamp
@@ -50,6 +52,8 @@ from phyla.zoo import PublishedEncoder, checkpoint_stamp
 log = logging.getLogger("phyla")
 
 ROBUSTNESS = "robustness.json"
+TOGETHER = ("pretrain", "embed", "cluster", "refine", "robust")
+"""The stages in which a network is run over images: all processes share them. The first alone does the others."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ class Runner:
 
     Parameters
     ----------
-    device : where to compute
+    device : where to compute, and with which other processes: each carries out the same, and the first one writes
     data_dir : where data sets are looked for first
     labels : auto: the data set's own; folders: the first folder of each id; or a CSV file; None or none: none at all
     strict : stop at the first image that cannot be read, instead of leaving it out
@@ -83,10 +87,11 @@ class Runner:
         self.data_dir, self.strict, self.download = data_dir, strict, download
         self.labels = labels if labels in ("auto", "folders") else _absolute(labels)
         self.command = list(command)
-        self._validate()
+        on_all(self.device.group, self._validate)
         source = self.pipeline.data.source
         where = data_set_name(source) or (str(Path(source).resolve()) if is_there(Path(source)) else source)
-        self.run = RunDir(out, {"format": 1, "recipe": pipeline.name, "source": where})
+        self.run = RunDir(out, {"format": 1, "recipe": pipeline.name, "source": where},
+                          group=self.device.group)
         self.run.device = self.device.label
         self.notices: list[str] = []
 
@@ -100,11 +105,30 @@ class Runner:
         """Do every stage up to ``until`` that is not done yet, and return what there is."""
         self._images()
         wanted = STAGES[1 : STAGES.index(until) + 1]
+        by_first(self.device.group, lambda: self._begin(wanted))
+        for name in wanted:
+            make: Callable[[], None] = getattr(self, f"_{name}")
+            if name in TOGETHER or self.device.group.size == 1:
+                make()
+            else:
+                self._by_first(name, make)
+        return by_first(self.device.group, lambda: self._end(until))
+
+    def _begin(self, wanted: Sequence[str]) -> None:
         if "evaluate" in wanted:  # a table of labels that cannot be read is told before the work, not after it
             self.truth("train")
         write_json(self.run.path / OPTIONS, {"options": self.pipeline.options(), "labels": self.labels})
-        for name in wanted:
-            getattr(self, f"_{name}")()
+
+    def _by_first(self, name: str, make: Callable[[], None]) -> None:
+        """Do a stage in the first process while the others wait; then all know of it."""
+        def made() -> Stage:
+            make()
+            return self.run.stages[name]
+
+        self.run.stages[name] = by_first(self.device.group, made)
+
+    def _end(self, until: StageName) -> Result:
+        """Show at the top of the folder what there is, and return it."""
         stages = self.run.stages.values()
         did = any(not stage.was_kept for stage in stages)
         for stage in stages:
@@ -139,7 +163,7 @@ class Runner:
         inputs = [images.fingerprint]
         if isinstance(method, PublishedEncoder):
             inputs += [checkpoint_stamp(method.checkpoint())]
-        self.run.stage("pretrain", options, inputs, make)
+        self.run.stage("pretrain", options, inputs, make, group=self.device.group)
 
     def _embed(self) -> None:
         options = asdict(self.pipeline.embed) | {"views": asdict(self.pipeline.pretrain.views.plain())}
@@ -148,10 +172,13 @@ class Runner:
             net = stages.embedder(self._folder("pretrain"), self.pipeline.embed.layer)
             views = self.pipeline.pretrain.views.plain()
             for name, images in self._splits():
-                save_embeddings(folder, embed(images, net, views, device=self.device), name)
+                found = embed(images, net, views, device=self.device)
+                if self.device.group.is_first:  # the others' copy would go at once, and may be large
+                    save_embeddings(folder, found, name)
             return {}
 
-        self.run.stage("embed", options, [self._key("pretrain"), *self._image_keys()], make)
+        self.run.stage("embed", options, [self._key("pretrain"), *self._image_keys()], make,
+                       group=self.device.group)
 
     def _neighbors(self) -> None:
         n_train, options = self._n_neighbors(len(self.train)), self.pipeline.neighbors
@@ -178,7 +205,8 @@ class Runner:
 
         chosen_on = {"select_on": self.pipeline.data.select_on} if isinstance(method, SCAN | NNM) else {}
         inputs = [self._key(stage) for stage in stages.CLUSTERS_FROM[kind]]
-        self.run.stage("cluster", {"method": kind} | chosen_on | asdict(method), [*inputs, *self._image_keys()], make)
+        self.run.stage("cluster", {"method": kind} | chosen_on | asdict(method), [*inputs, *self._image_keys()], make,
+                       group=self.device.group)
 
     def _refine(self) -> None:
         self._refined("refine", self.pipeline.refine)
@@ -195,7 +223,8 @@ class Runner:
             return self._save(stages.refine(method, self._given(folder), self._folder(before)), folder)
 
         options = {"method": type(method).__name__, "select_on": self.pipeline.data.select_on} | asdict(method)
-        self.run.stage(stage, options, [self._key(before), self._key("neighbors"), *self._image_keys()], make)
+        self.run.stage(stage, options, [self._key(before), self._key("neighbors"), *self._image_keys()], make,
+                       group=self.device.group)
 
     def _given(self, folder: Path) -> stages.Given:
         return stages.Given(
@@ -237,7 +266,7 @@ class Runner:
         truth = self.truth(split)
         curves = robustness_report(classifiers, images, truth.labels if truth else None, preset=options.attack,
                                    assignments=found, n_images=options.attack_images, split=self._split_name(split),
-                                   seed=options.random_state, device=self.device)
+                                   seed=options.random_state, device=self.device.alone)
         save_robustness(folder / ROBUSTNESS, curves)
 
     def _report(self) -> None:
@@ -346,7 +375,9 @@ class Runner:
     def _loaded(self) -> dict[str, Loaded]:
         data = self.pipeline.data
         roles = {"train": data.split, "pretrain": data.pretrain_split, "held_out": data.held_out}
-        return {role: self._load(split) for role, split in roles.items() if split}
+        # The first process downloads and decodes; the others find what it kept.
+        return first_then_others(self.device.group, lambda: {role: self._load(split) for role, split in roles.items()
+                                                             if split})
 
     def _load(self, split: str) -> Loaded:
         data = self.pipeline.data

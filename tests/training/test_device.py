@@ -69,6 +69,24 @@ def test_an_unknown_precision_is_refused() -> None:
         choose_device("cpu", "fp16")
 
 
+@pytest.mark.usefixtures("two_gpus")
+def test_an_engine_is_taken_where_it_runs() -> None:
+    assert [choose_device("cuda", engine=engine).engine for engine in ("auto", "eager", "graph", "compiled")] == [
+        "eager", "eager", "graph", "compiled"]
+    assert choose_device("cuda:0", engine="graph").label == "GPU 0, bf16, graph"
+    with pytest.raises(InputError, match=r"engine 'graph' needs CUDA, and the device is cpu\. hint: use --engine auto"):
+        choose_device("cpu", engine="graph")
+    with pytest.raises(InputError, match="engine 'jit' is not known"):
+        choose_device("cpu", engine="jit")
+
+
+def test_batchnorm_is_synced_or_local() -> None:
+    assert [choose_device("cpu", batchnorm=kind).synced for kind in ("synced", "local")] == [True, False]
+    assert choose_device("cpu", batchnorm="local").label == choose_device("cpu").label  # one process: no difference
+    with pytest.raises(InputError, match=r"batchnorm 'none' is not known\. hint: allowed: synced, local"):
+        choose_device("cpu", batchnorm="none")
+
+
 def test_bf16_is_autocast_and_leaves_the_weights_alone() -> None:
     net, x = torch.nn.Linear(4, 4), torch.ones(2, 4)
     with Device(torch.device("cpu"), "bf16").autocast():

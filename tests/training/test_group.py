@@ -102,6 +102,15 @@ def test_all_have_the_value_of_the_first(processes: Processes) -> None:
         assert found["rows"].tolist() == [0.0, 0.0]
 
 
+def _values(group: Group) -> list[str]:
+    return group.values(f"from {group.rank}")
+
+
+def test_values_come_in_order_of_rank(processes: Processes) -> None:
+    assert processes.run(_values) == [["from 0", "from 1"]] * 2
+    assert ALONE.values("x") == ["x"]
+
+
 def test_shared_batchnorm_keeps_parameters_names_and_mode() -> None:
     net = nn.Sequential(nn.Sequential(nn.BatchNorm2d(3)), nn.BatchNorm2d(3)).eval()
     inner, before = net[0], copy.deepcopy(net.state_dict())

@@ -2,7 +2,7 @@
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -61,21 +61,30 @@ class Device:
 
     @property
     def label(self) -> str:
-        """What a person would call it: "NVIDIA H200, bf16" or "CPU, 2 threads, fp32"."""
+        """What a person would call it: "NVIDIA H200, bf16" or "2 x CPU, 1 threads, fp32"."""
+        name = str(self.device)
         if self.device.type == "cuda":
-            return f"{torch.cuda.get_device_name(self.device)}, {self.precision}"
-        if self.device.type == "cpu":
-            return f"CPU, {torch.get_num_threads()} threads, {self.precision}"
-        return f"{self.device}, {self.precision}"
+            name = torch.cuda.get_device_name(self.device)
+        elif self.device.type == "cpu":
+            name = f"CPU, {torch.get_num_threads()} threads"
+        many = f"{self.group.size} x " if self.group.size > 1 else ""
+        told: list[str] = [self.precision] if self.engine == "eager" else [self.precision, self.engine]
+        told += ["local BatchNorm"] if many and not self.synced else []
+        return f"{many}{name}, {', '.join(told)}"
 
 
-def choose_device(name: str = "auto", precision: str = "auto") -> Device:
+def choose_device(name: str = "auto", precision: str = "auto", *, engine: str = "auto",
+                  batchnorm: str = "synced") -> Device:
     """Return the device called ``name`` ("auto": CUDA, then Apple's MPS, then the CPU), checked to exist.
 
-    ``precision`` "auto" is bf16 on a GPU that computes in it (not one that only emulates it) and fp32 elsewhere.
+    ``precision`` "auto" is bf16 on a GPU that computes in it (not one that only emulates it) and fp32 elsewhere;
+    ``engine`` "auto" is eager. ``batchnorm`` "synced" or "local" tells processes that train together apart.
     """
-    if precision not in ("auto", "fp32", "bf16"):
-        raise InputError(f"precision {precision!r} is not known", "allowed: auto, fp32, bf16")
+    for what, given, allowed in (("precision", precision, ("auto", "fp32", "bf16")),
+                                 ("engine", engine, ("auto", "eager", "graph", "compiled")),
+                                 ("batchnorm", batchnorm, ("synced", "local"))):
+        if given not in allowed:
+            raise InputError(f"{what} {given!r} is not known", f"allowed: {', '.join(allowed)}")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -89,7 +98,10 @@ def choose_device(name: str = "auto", precision: str = "auto") -> Device:
         raise InputError("device 'mps' is not on this machine", "use --device cpu or auto")
     if device.type not in ("cpu", "cuda", "mps"):
         raise InputError(f"device {name!r} is not supported", "allowed: auto, cpu, cuda, cuda:N, mps")
+    if engine in ("graph", "compiled") and device.type != "cuda":
+        raise InputError(f"engine {engine!r} needs CUDA, and the device is {device.type}", "use --engine auto")
     if precision == "auto":
         has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bf16" if has_bf16 else "fp32"
-    return Device(device, "bf16" if precision == "bf16" else "fp32", channels_last=device.type != "mps")
+    return Device(device, "bf16" if precision == "bf16" else "fp32", channels_last=device.type != "mps",
+                  engine="eager" if engine == "auto" else cast(Engine, engine), synced=batchnorm == "synced")

@@ -75,6 +75,13 @@ class Group:
         _told(lambda: dist.broadcast_object_list(held, src=0, device=_device()))
         return cast(T, held[0])
 
+    def values(self, value: T) -> list[T]:
+        """Return the plain values that the processes gave, in order of rank, on every process."""
+        held: list[Any] = [value] * self.size
+        if self.size > 1:
+            _told(lambda: dist.all_gather_object(held, value))
+        return held
+
     def wait(self) -> None:
         """Return when every process has come here."""
         if self.size > 1:
