@@ -14,7 +14,7 @@ SOURCE = ROOT / "src" / "phyla"
 
 LAYERS = (
     {"errors"}, {"storage", "progress", "randomness"}, {"types"}, {"tables"}, {"images"}, {"nets"}, {"training"},
-    {"embed", "neighbors", "quality"}, {"reciprocal"},
+    {"candidates"}, {"embed", "neighbors", "quality"}, {"reciprocal"},
     {"pretrain", "cluster", "refine"}, {"layouts"}, {"classifier", "zoo", "rundir"}, {"evaluate"}, {"report"},
     {"pipeline"}, {"recipes"}, {"overrides"}, {"stages", "recorded", "top"}, {"runner"}, {"prediction", "inventory"},
     {"display", "launch"}, {"cli"},

@@ -15,19 +15,19 @@ from typing import Literal, get_args
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from phyla.candidates import GROUP, Largest
 from phyla.errors import InputError, nearest
 from phyla.progress import bar
 from phyla.types import Embeddings, Neighbors
 
-_BLOCK = 1024  # rows searched at once; on 2 cores 20,000 rows of 128 take 1.2 s, 1.4 s at 512, 1.0 s at 2048
-_TILE = 16  # columns of a tile of the bank for each row of a block: 64 MB of rough similarities
-_SPARE = 16  # candidates beyond those wanted: enough that a second search is rare
-_GROUP = 16  # columns of which only the largest is looked at first
+_BLOCK = 1024  # rows searched at once
+_TILE = {"cpu": 4, "cuda": 16}  # columns of a tile for each row of a block: 16 MB, near the cache; 64 MB
+_SPARE = 8  # candidates beyond those wanted: enough that a second search is rare
 _CHUNK = 1 << 16  # rows checked or measured at once
-_SUMMED = 1 << 17  # float64 numbers in one block of exact sums: 1 MB, which stays in the cache
+_SUMMED = 1 << 16  # float64 numbers in one block of exact sums: 512 kB, which stays in the cache
 
 Metric = Literal["product", "euclidean"]
 
@@ -49,7 +49,7 @@ def find_neighbors(
     values : (n_images, n_features), real and finite; float64 is searched in float64, all else in float32
     n_neighbors : 1 to n_images - 1
     device : where to compute, and where the values are moved to; None is the CPU
-    block : rows searched at once; the memory beyond input and output is about 100 * block² bytes
+    block : rows searched at once; the memory beyond input and output is at most about 100 * block² bytes
     normalize : scale rows to length 1 first
     metric : product: the inner product, which is the cosine of normalized rows; euclidean: the distance d, told as the
         similarity -d² / 2, which is the cosine less 1 for normalized rows
@@ -198,7 +198,7 @@ class _Finder:
         self.bank, self.queries, self.n_neighbors = bank, queries, n_neighbors
         self.own = bank is queries
         self.width = min(n_neighbors + _SPARE, len(bank) - self.own)
-        self.tile = min(_round_up(len(bank)), _round_up(_TILE * block))
+        self.tile = min(_round_up(len(bank)), _round_up(_TILE[bank.values.device.type] * block))
         size = min(block, len(queries)) * self.tile
         self.buffer = torch.empty(size, dtype=bank.values.dtype, device=bank.values.device)
         self.most = max(size // 8, self.width)  # pairs ranked at once
@@ -228,15 +228,38 @@ class _Finder:
         """
         rough, candidates = self.candidates(rows)
         candidates, order = candidates.sort(dim=1)
-        row = torch.arange(len(rows), device=rows.device).repeat_interleave(self.width)
-        exact = self.exact(rows, row, candidates.flatten()).view(rough.shape)
-        found, near = self.ranked(candidates, exact)
+        rough = rough.gather(1, order)
         # The bound of a float32 sum; twice the error seen stands in for it where TF32 or bfloat16 products are allowed.
         terms = self.bank.values.shape[1] + (4 if self.bank.halves is None else 8)
         bound = terms * torch.finfo(rough.dtype).eps * self.queries.reach * self.bank.reach
-        error = (2 * (exact - rough.gather(1, order)).abs().amax()).clamp(min=bound)
+        exact, error = self.summed(rows, candidates, rough, bound)
+        found, near = self.ranked(candidates, exact)
         sure = (near[:, -1] > rough.amin(dim=1) + error) | (self.width == len(self.bank) - self.own)
         return found, near, torch.where(sure, torch.inf, near[:, -1] - 2 * error)
+
+    def summed(
+        self, rows: Int[Tensor, " rows"], candidates: Int[Tensor, "rows width"], rough: Float[Tensor, "rows width"],
+        bound: float,
+    ) -> tuple[Float[Tensor, "rows width"], Float[Tensor, ""]]:
+        """Return the exact similarities of candidates, -inf for those surely too far, and how wrong ``rough`` may be.
+
+        ``bound`` is how wrong it may be unless more is seen; then all candidates are summed.
+        """
+        least = rough.kthvalue(self.width - self.n_neighbors + 1, dim=1, keepdim=True).values - 2 * bound
+        exact, error = self.summed_where(rough >= least, rows, candidates, rough)
+        if error > bound:
+            exact, error = self.summed_where(torch.ones_like(rough, dtype=torch.bool), rows, candidates, rough)
+        return exact, error.clamp(min=bound)
+
+    def summed_where(
+        self, wanted: Bool[Tensor, "rows width"], rows: Int[Tensor, " rows"], candidates: Int[Tensor, "rows width"],
+        rough: Float[Tensor, "rows width"],
+    ) -> tuple[Float[Tensor, "rows width"], Float[Tensor, ""]]:
+        """Return the exact similarities of the wanted candidates, -inf elsewhere, and twice the largest error seen."""
+        row, place = torch.nonzero(wanted, as_tuple=True)
+        exact = torch.full(rough.shape, -torch.inf, dtype=torch.float64, device=rough.device)
+        exact[row, place] = found = self.exact(rows, row, candidates[row, place])
+        return exact, 2 * (found - rough[row, place]).abs().amax()
 
     def among_all(
         self, rows: Int[Tensor, " rows"], floor: Float[Tensor, " rows"]
@@ -266,15 +289,10 @@ class _Finder:
     ) -> tuple[Float[Tensor, "rows width"], Int[Tensor, "rows width"]]:
         """Return the rough similarities and indices of the roughly nearest of the bank, in no order."""
         query = self.queries.scaled(rows)
-        best, indices = query.new_empty(len(rows), 0), rows.new_empty(len(rows), 0)
+        best = Largest(len(rows), self.width, query)
         for start in range(0, len(self.bank), self.tile):
-            rough = self.rough(query, rows, start)
-            top, columns = _largest(rough, min(self.width, rough.shape[1]))
-            best, indices = torch.cat([best, top], dim=1), torch.cat([indices, columns + start], dim=1)
-            if best.shape[1] > self.width:
-                best, kept = best.topk(self.width, dim=1, sorted=False)
-                indices = indices.gather(1, kept)
-        return best, indices
+            best.add(self.rough(query, rows, start), start)
+        return best.result()
 
     def rough(
         self, query: Float[Tensor, "rows features"], rows: Int[Tensor, " rows"], start: int
@@ -302,11 +320,12 @@ class _Finder:
         step = max(1, _SUMMED // query.shape[1])
         for start in range(0, len(row), step):
             pairs = slice(start, start + step)
-            other = self.bank.values[column[pairs]].double()
+            other = self.bank.values.index_select(0, column[pairs]).double()
+            own = query.index_select(0, row[pairs])  # several times as quick as query[row[pairs]]
             if self.bank.halves is None:
-                exact[pairs] = other.mul_(query[row[pairs]]).sum(dim=1).mul_(self.bank.factor[column[pairs]])
+                exact[pairs] = other.mul_(own).sum(dim=1).mul_(self.bank.factor[column[pairs]])
             else:
-                apart = other.mul_(self.bank.factor[column[pairs], None]).sub_(query[row[pairs]])
+                apart = other.mul_(self.bank.factor[column[pairs], None]).sub_(own)
                 exact[pairs] = apart.square_().sum(dim=1).div_(-2)
         bounded = self.bank.halves is None and self.bank.reach == 1 and self.queries.reach == 1
         return exact.clamp_(-1, 1) if bounded else exact
@@ -320,23 +339,4 @@ class _Finder:
 
 
 def _round_up(columns: int) -> int:
-    return -(-columns // _GROUP) * _GROUP
-
-
-def _largest(
-    rough: Float[Tensor, "rows columns"], width: int
-) -> tuple[Float[Tensor, "rows width"], Int[Tensor, "rows width"]]:
-    """Return the ``width`` largest of each row and their columns, in no order.
-
-    The largest ``width`` values lie in the ``width`` groups of columns with the largest maxima, so only those groups
-    are ranked value by value: several times quicker than ranking the whole row.
-    """
-    n_groups = rough.shape[1] // _GROUP
-    if n_groups < 2 * width:
-        top, columns = rough.topk(width, dim=1, sorted=False)
-        return top, columns
-    grouped = rough.view(len(rough), _GROUP, n_groups)
-    groups = grouped.amax(dim=1).topk(width, dim=1, sorted=False).indices
-    members = grouped.gather(2, groups[:, None].expand(-1, _GROUP, -1)).flatten(1)
-    top, at = members.topk(width, dim=1, sorted=False)
-    return top, at // width * n_groups + groups.gather(1, at % width)
+    return -(-columns // GROUP) * GROUP
