@@ -15,9 +15,11 @@ SOURCE = ROOT / "src" / "phyla"
 LAYERS = (
     {"errors"}, {"storage", "progress", "randomness"}, {"types"}, {"tables"}, {"images"}, {"nets"}, {"training"},
     {"candidates"}, {"embed", "neighbors", "quality"}, {"reciprocal"},
+    {"errors"}, {"storage", "progress", "randomness"}, {"types", "shards"}, {"tables"}, {"images"}, {"nets"},
+    {"training"}, {"embed", "neighbors", "quality"}, {"reciprocal"},
     {"pretrain", "cluster", "refine"}, {"layouts"}, {"classifier", "zoo", "rundir"}, {"evaluate"}, {"report"},
-    {"pipeline"}, {"recipes"}, {"overrides"}, {"stages", "recorded", "top"}, {"runner"}, {"prediction", "inventory"},
-    {"display", "launch"}, {"cli"},
+    {"pipeline"}, {"recipes"}, {"overrides"}, {"stages", "recorded", "top"}, {"runner"}, {"labelling"},
+    {"prediction", "inventory"}, {"display", "launch"}, {"cli"},
 )
 """Bottom to top: a module imports from layers below its own, and from its own folder."""
 

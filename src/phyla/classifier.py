@@ -3,11 +3,13 @@
 ``model.safetensors`` holds the weights, ``model.json`` everything else, so loading runs no code from the file.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -18,7 +20,7 @@ from phyla.errors import CorruptFileError, DataNotFoundError, InputError
 from phyla.images.arrays import from_array
 from phyla.images.augment import Views, views_from
 from phyla.images.decode import read_image, square, to_rgb
-from phyla.images.folders import stream_images
+from phyla.images.folders import ImageFile, stream_images
 from phyla.nets.heads import ClusterHeads, ClusterNet, Projection
 from phyla.nets.resnet import Encoder, EncoderSpec
 from phyla.storage import read_json, write_json, write_tensors
@@ -28,6 +30,23 @@ from phyla.types import Assignment, ImageSet
 FORMAT = 1
 Picture = str | Path | Image.Image | np.ndarray | Tensor
 Pictures = ImageSet | np.ndarray | Tensor | Sequence[Picture]
+
+
+class Output(NamedTuple):
+    """What a network makes of some files.
+
+    Parameters
+    ----------
+    ids : of those that could be read
+    probabilities : float32 (n, n_clusters)
+    embeddings : float32 (n, d), what the head sees; None where they were not asked for
+    skipped : (id, reason) of the others
+    """
+
+    ids: list[str]
+    probabilities: np.ndarray
+    embeddings: np.ndarray | None
+    skipped: list[tuple[str, str]]
 
 
 @dataclass(eq=False)
@@ -134,11 +153,30 @@ class Classifier:
 
         With each comes the list of files that could not be read and why; a chunk without a readable file gives None.
         """
+        for made in self.output_stream(source, device=device, chunk=chunk, strict=strict):
+            yield Assignment(made.probabilities, made.ids) if made.ids else None, made.skipped
+
+    def output_stream(self, source: Path | str | Iterable[ImageFile], *, device: Device | None = None,
+                      chunk: int = 256, strict: bool = False, embeddings: bool = False) -> Iterator[Output]:
+        """Yield what the network makes of the files of a folder, list or walk, ``chunk`` at a time, in constant memory.
+
+        ``embeddings`` gives what the head sees besides, in the same pass. Files are decoded while the network computes.
+        """
+        def both(views: Tensor) -> Tensor:
+            seen = self.net.embed(views)
+            return torch.cat([self.net.heads.probabilities(seen)[:, 0].float(), seen.float()], dim=1)
+
+        views, n = self.views.plain(), self.n_clusters
         for ids, pixels, skipped in stream_images(source, size=self.size, chunk=chunk, strict=strict):
             if not ids:
-                yield None, skipped
-                continue
-            yield Assignment(self.predict_proba(ImageSet(pixels, ids), device=device, batch_size=chunk), ids), skipped
+                yield Output([], np.empty((0, n), np.float32), None, skipped)
+            elif embeddings:
+                found = forward_all(ImageSet(pixels, ids), self.net, both, views, device=device, batch_size=chunk)
+                values = found.cpu().numpy()
+                yield Output(ids, values[:, :n], values[:, n:], skipped)
+            else:
+                p = self.predict_proba(ImageSet(pixels, ids), device=device, batch_size=chunk)
+                yield Output(ids, p, None, skipped)
 
     def _images(self, pictures: Pictures) -> ImageSet:
         if isinstance(pictures, ImageSet):

@@ -130,25 +130,32 @@ def predict(run: Annotated[Path, typer.Argument(metavar="RUN", help="the folder 
             images: Annotated[Path, typer.Argument(metavar="FOLDER|LIST|FILE", help="images to label")],
             out: Annotated[Path | None, typer.Option("--out", "-o", help="a .csv, .tsv or .parquet file; else CSV on "
                                                      "stdout", show_default=False)] = None,
+            embeddings: Annotated[Path | None, typer.Option(help="a .npy file for what the classifier's head sees of "
+                                                            "each image", show_default=False)] = None,
+            shard: Annotated[str | None, typer.Option(metavar="I/N", help="do the I-th of N parts of the work; the "
+                                                      "last to end writes the file", show_default=False)] = None,
             device: DeviceName = "auto", precision: Precision = "auto", strict: Strict = False, quiet: Quiet = False,
             as_json: AsJson = False) -> None:
     """Label new images with a run's classifier.
 
-    Gives a table: id, cluster, confidence, and the next two clusters with their probabilities.
+    Gives a table: id, cluster, confidence, and the next two clusters with their probabilities. Give the same command
+    again after a stop or a kill, and what was done is kept.
     """
     from phyla.display import showing
 
     with showing(quiet=quiet):
         from phyla.classifier import Classifier
+        from phyla.labelling import share_from
         from phyla.prediction import predict_table
         from phyla.training.device import choose_device
 
-        chosen = choose_device(device, precision)
-        outcome = predict_table(Classifier.load(run), images, out, device=chosen, strict=strict, as_json=as_json)
-    if as_json and out is not None:
+        chosen, share = choose_device(device, precision), share_from(shard) if shard else None
+        outcome = predict_table(Classifier.load(run), images, out, embeddings=embeddings, device=chosen, strict=strict,
+                                as_json=as_json, share=share)
+    if as_json and (out or embeddings):
         print(json.dumps(outcome))
-    elif not quiet and out is not None:
-        _say(f"{outcome['labelled']} images labelled, {outcome['skipped']} skipped: {out}")
+    elif not quiet and outcome["labelled"] is not None and (out or embeddings):
+        _say(f"{outcome['labelled']} images labelled, {outcome['skipped']} skipped: {out or embeddings}")
 
 
 @app.command()

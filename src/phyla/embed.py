@@ -1,8 +1,10 @@
 """Images and an encoder in, one embedding an image out; and the one place where a network is run over a whole set."""
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,13 +15,16 @@ from phyla.images.augment import Views
 from phyla.images.batches import AHEAD, CPU, Streaming, open_pixels
 from phyla.progress import Bar, bar
 from phyla.randomness import generator
+from phyla.shards import SHARD, Shards
 from phyla.storage import fingerprint
 from phyla.training.device import Device, choose_device
 from phyla.types import Embeddings, ImageSet
 
+_Batch = tuple[int, int, range]  # first image, the one after the last, and the span they are of
+
 
 def embed(images: ImageSet, encoder: nn.Module, views: Views, *, device: Device | None = None,
-          batch_size: int = 512) -> Embeddings:
+          batch_size: int = 512, folder: Path | None = None) -> Embeddings:
     """Return what ``encoder`` makes of the plain view of every image, float32, rows in the order of the ids.
 
     Parameters
@@ -29,9 +34,44 @@ def embed(images: ImageSet, encoder: nn.Module, views: Views, *, device: Device 
     views : how an image becomes a view; deterministic for an embedding one can reproduce
     device : where to compute, and where ``encoder`` is moved to; None: where it is
     batch_size : images a forward pass; changes nothing but speed
+    folder : keeps finished shards of a large set while it is worked on, so that after a kill only the others are made;
+        removed at the end. The processes of a group see the same folder
     """
+    if folder is not None and len(images) > _shard(batch_size):
+        return Embeddings(_in_shards(images, encoder, views, device or device_of(encoder), batch_size, folder),
+                          images.ids)
     values = forward_all(images, encoder, encoder, views, device=device, batch_size=batch_size, title="embed")
     return Embeddings(values.float().cpu().numpy(), images.ids)
+
+
+def _shard(batch_size: int) -> int:
+    return max(1, SHARD // max(1, batch_size)) * batch_size  # whole batches: they are then those of any other way
+
+
+def _in_shards(images: ImageSet, encoder: nn.Module, views: Views, device: Device, batch_size: int,
+               folder: Path) -> np.ndarray:
+    group, n = device.group, len(images)
+    what = {"encoder": weights_fingerprint(encoder), "images": images.fingerprint, "views": asdict(views),
+            "precision": device.precision, "batch_size": batch_size}
+    shards = Shards(folder, n, what=what, size=_shard(batch_size))
+    if group.is_first:
+        shards.begin()
+    group.wait()
+    missing = shards.missing((group.rank, group.size))
+    done = sum(len(shards.span(shard)) for shard in set(range(group.rank, len(shards), group.size)) - set(missing))
+    with evaluating(encoder, device), bar("embed", total=n, unit="image", done=done) as shown:
+        work = Forward(images, encoder, views, device=device, batch_size=batch_size, shown=shown)
+        for shard, rows in zip(missing, work.spans([shards.span(shard) for shard in missing]), strict=True):
+            shards.write(shard, values=rows.float().cpu().numpy())
+    group.wait()
+    values = np.empty((n, *shards.read(0)["values"].shape[1:]), np.float32)
+    for shard in range(len(shards)):
+        span = shards.span(shard)
+        values[span.start : span.stop] = shards.read(shard)["values"]
+    group.wait()
+    if group.is_first:
+        shards.remove()
+    return values
 
 
 def forward_all(images: ImageSet, net: nn.Module, function: Callable[[Tensor], Tensor], views: Views, *,
@@ -81,18 +121,22 @@ class Forward:
         self._home = CPU if isinstance(self._pixels, Streaming) else device.device
 
     def rows(self, span: range) -> Tensor:
-        """Return the outputs of the images of ``span``, at least one, in one array made at the start."""
-        batches = [(at, min(at + self.batch_size, span.stop)) for at in range(span.start, span.stop, self.batch_size)]
-        out: Tensor | None = None
-        for (start, stop), indices in zip(batches, self._taken(batches), strict=True):
+        """Return the outputs of the images of ``span``, at least one."""
+        return next(self.spans([span]))
+
+    def spans(self, spans: Sequence[range]) -> Iterator[Tensor]:
+        """Yield the outputs of the images of each span, in one array that is made at its start."""
+        batches = [(at, min(at + self.batch_size, span.stop), span) for span in spans
+                   for at in range(span.start, span.stop, self.batch_size)]
+        out = torch.empty(0)
+        for indices, (start, stop, span) in self._taken(batches):
             found = self._of(self._pixels.take(indices))
-            if out is None:
+            if start == span.start:
                 out = found.new_empty((len(span), *found.shape[1:]))
             out[start - span.start : stop - span.start] = found
             self.shown.advance(stop - start)
-        if out is None:
-            raise InputError("there is no image to embed or predict")
-        return out
+            if stop == span.stop:
+                yield out
 
     def shared(self) -> Tensor:
         """Return the outputs of all images, of which each process of the group computes some.
@@ -128,13 +172,13 @@ class Forward:
         with self.device.autocast():
             return self.function(self.device.arrange(views))
 
-    def _taken(self, batches: list[tuple[int, int]]) -> Iterator[Tensor]:
+    def _taken(self, batches: list[_Batch]) -> Iterator[tuple[Tensor, _Batch]]:
         """Yield the indices of each batch, once those of the next ones are expected."""
-        ahead: deque[Tensor] = deque()
-        for start, stop in batches:
-            indices = torch.arange(start, stop, device=self._home)
+        ahead: deque[tuple[Tensor, _Batch]] = deque()
+        for batch in batches:
+            indices = torch.arange(*batch[:2], device=self._home)
             self._pixels.expect(indices)
-            ahead.append(indices)
+            ahead.append((indices, batch))
             if len(ahead) == AHEAD:
                 yield ahead.popleft()
         yield from ahead

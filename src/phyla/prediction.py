@@ -17,12 +17,14 @@ from phyla.classifier import Classifier
 from phyla.errors import InputError
 from phyla.images.augment import Views
 from phyla.images.catalog import data_set_name
-from phyla.images.folders import find_images
+from phyla.images.folders import find_images, walk
+from phyla.images.stored import FileList
+from phyla.labelling import Share, label_files
 from phyla.progress import bar
 from phyla.recipes.settings import CIFAR10, CIFAR100, CIFAR100_SUPERAND, IMAGENET
 from phyla.rundir import save_encoder
 from phyla.storage import read_json, storage_error, write_array
-from phyla.tables import COLUMNS, N_TOP, stdout_csv, write_assignments
+from phyla.tables import COLUMNS, N_TOP, stdout_csv
 from phyla.training.device import Device
 from phyla.types import Assignment
 from phyla.zoo import load_published
@@ -30,41 +32,46 @@ from phyla.zoo import load_published
 log = logging.getLogger("phyla")
 
 
-def predict_table(classifier: Classifier, images: Path, out: Path | None, *, device: Device | None = None,
-                  strict: bool = False, as_json: bool = False) -> dict[str, object]:
+def predict_table(classifier: Classifier, images: Path, out: Path | None, *, embeddings: Path | None = None,
+                  device: Device | None = None, strict: bool = False, as_json: bool = False,
+                  share: Share | None = None) -> dict[str, object]:
     """Label the images of a folder, list or file as a table on stdout or in ``out``; constant memory.
 
-    Returns how many were labelled and skipped. Unreadable files are named in the log and left out of the table.
+    Returns how many were labelled and skipped. Unreadable files are named in the log and left out of the table. What
+    goes into files is made in shards: after a stop or kill the same call makes those that are missing.
 
     Parameters
     ----------
+    embeddings : a .npy file, written besides; without ``out`` nothing goes to stdout then
     as_json : a JSON list on stdout instead of CSV; ``out`` goes by its name
+    share : as for ``label_files``
 
     Raises
     ------
     InputError
         There is no image, or not one that can be read.
     """
+    if out is not None or embeddings is not None:
+        return label_files(classifier, images, out, embeddings=embeddings, device=device, strict=strict, share=share)
+    if share is not None:
+        raise InputError("shards need a file to become", "give --out or --embeddings")
     skipped = 0
-    n_files = len(find_images(images))  # before the first line is written
+    files = FileList(walk(images))  # before the first line is written
 
     def chunks() -> Iterator[Assignment]:
         nonlocal skipped
-        with bar("predict", total=n_files, unit="image") as shown:
-            for assignment, unreadable in classifier.predict_stream(images, device=device, strict=strict):
-                skipped += len(unreadable)
-                shown.advance((len(assignment) if assignment else 0) + len(unreadable))
-                if assignment:
-                    yield assignment
-        if skipped == n_files:
-            raise InputError(f"none of the {n_files} images of {images} can be read",
+        with bar("predict", total=len(files), unit="image") as shown:
+            for made in classifier.output_stream(files, device=device, strict=strict):
+                skipped += len(made.skipped)
+                shown.advance(len(made.ids) + len(made.skipped))
+                if made.ids:
+                    yield Assignment(made.probabilities, made.ids)
+        if skipped == len(files):
+            raise InputError(f"none of the {len(files)} images of {images} can be read",
                              "check that they open in an image viewer")
 
-    if out is not None:
-        labelled = write_assignments(out, chunks())
-    else:
-        labelled = _stdout_json(chunks()) if as_json else stdout_csv(chunks())
-    return {"labelled": labelled, "skipped": skipped, "out": str(out) if out else None}
+    labelled = _stdout_json(chunks()) if as_json else stdout_csv(chunks())
+    return {"labelled": labelled, "skipped": skipped, "out": None}
 
 
 def _stdout_json(chunks: Iterable[Assignment]) -> int:

@@ -172,7 +172,7 @@ class Runner:
             net = stages.embedder(self._folder("pretrain"), self.pipeline.embed.layer)
             views = self.pipeline.pretrain.views.plain()
             for name, images in self._splits():
-                found = embed(images, net, views, device=self.device)
+                found = embed(images, net, views, device=self.device, folder=folder / f".{name}.shards")
                 if self.device.group.is_first:  # the others' copy would go at once, and may be large
                     save_embeddings(folder, found, name)
             return {}

@@ -2,9 +2,11 @@
 
 import io
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -17,12 +19,43 @@ COLUMNS = ["id", "cluster", "confidence", "second", "second_probability", "third
 FORMATS = (".csv", ".tsv", ".parquet")
 
 
-def write_assignments(path: Path | str, chunks: Iterable[Assignment]) -> int:
-    """Write ``chunks`` to a .csv, .tsv or .parquet file, whole or not at all, and return the number of rows."""
+@dataclass(frozen=True, eq=False)
+class Ranked:
+    """What a table says of some images: their ``N_TOP`` most probable clusters, fewer where there are not so many.
+
+    Parameters
+    ----------
+    ids : one an image
+    clusters : int64 (n_images, n_top), the most probable first
+    probabilities : float32 (n_images, n_top)
+    """
+
+    ids: Sequence[str]
+    clusters: np.ndarray
+    probabilities: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def top(self, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the first ``n`` clusters and probabilities."""
+        return self.clusters[:, :n], self.probabilities[:, :n]
+
+
+Rows = Assignment | Ranked
+
+
+def table_suffix(path: Path | str) -> str:
+    """Return the ending of a table's name; InputError where it is none that can be written."""
     path = Path(path)
-    suffix = path.suffix.lower()
-    if suffix not in FORMATS:
+    if path.suffix.lower() not in FORMATS:
         raise InputError(f"cannot write a table to {path.name!r}", "end the name in .csv, .tsv or .parquet")
+    return path.suffix.lower()
+
+
+def write_assignments(path: Path | str, chunks: Iterable[Rows]) -> int:
+    """Write ``chunks`` to a .csv, .tsv or .parquet file, whole or not at all, and return the number of rows."""
+    suffix = table_suffix(path)
     with atomic(path) as temporary:
         if suffix == ".parquet":
             return _parquet(temporary, chunks)
@@ -30,7 +63,7 @@ def write_assignments(path: Path | str, chunks: Iterable[Assignment]) -> int:
             return stream_csv(out, chunks, delimiter="\t" if suffix == ".tsv" else ",")
 
 
-def stream_csv(out: io.TextIOBase, chunks: Iterable[Assignment], *, delimiter: str = ",") -> int:
+def stream_csv(out: io.TextIOBase, chunks: Iterable[Rows], *, delimiter: str = ",") -> int:
     """Write a header and one row an image to an open text file; return the number of rows."""
     out.write(delimiter.join(COLUMNS) + "\n")
     n_rows = 0
@@ -40,7 +73,7 @@ def stream_csv(out: io.TextIOBase, chunks: Iterable[Assignment], *, delimiter: s
     return n_rows
 
 
-def stdout_csv(chunks: Iterable[Assignment]) -> int:
+def stdout_csv(chunks: Iterable[Rows]) -> int:
     """Write CSV to standard output as UTF-8, whatever the terminal's encoding."""
     sys.stdout.flush()
     out = io.TextIOWrapper(sys.stdout.buffer, encoding="utf-8", newline="", write_through=True)
@@ -50,7 +83,7 @@ def stdout_csv(chunks: Iterable[Assignment]) -> int:
         out.detach()
 
 
-def _rows(chunk: Assignment) -> Iterator[tuple[str, list[str]]]:
+def _rows(chunk: Rows) -> Iterator[tuple[str, list[str]]]:
     clusters, probabilities = chunk.top(N_TOP)
     for name, found, sure in zip(chunk.ids, clusters, probabilities, strict=True):
         numbers = []
@@ -66,7 +99,7 @@ def _quoted(name: str, delimiter: str) -> str:
     return name
 
 
-def _parquet(path: Path, chunks: Iterable[Assignment]) -> int:
+def _parquet(path: Path, chunks: Iterable[Rows]) -> int:
     kinds = [pa.string()] + [pa.int64(), pa.float32()] * N_TOP
     schema = pa.schema(list(zip(COLUMNS, kinds, strict=True)))
     n_rows = 0

@@ -65,10 +65,16 @@ def find_images(source: Path | str) -> list[ImageFile]:
     InputError
         There is, and it holds no image.
     """
-    files = list(_files(Path(source).expanduser()))
-    if not files:
+    return list(walk(source))
+
+
+def walk(source: Path | str) -> Iterator[ImageFile]:
+    """Yield what ``find_images`` returns, without a list of it; errors are raised at the call."""
+    files = _files(Path(source).expanduser())
+    first = next(files, None)
+    if first is None:
         raise InputError(f"no image in {source}", _wanted(Path(source)))
-    return files
+    return _chain(first, files)
 
 
 def _wanted(source: Path) -> str:
@@ -250,10 +256,12 @@ def stream_images(source: Path | str | Iterable[ImageFile], *, size: int, chunk:
     checked_size(size)
     if chunk < 1:
         raise InputError(f"chunk={chunk} is not a number of images", "give 1 or more")
-    files = _files(Path(source).expanduser()) if isinstance(source, (str, Path)) else iter(source)
+    if isinstance(source, (str, Path)):
+        return _stream(walk(source), size, chunk, strict)
+    files = iter(source)
     first = next(files, None)
     if first is None:
-        raise InputError(f"no image in {source}", _wanted(Path(source)) if isinstance(source, (str, Path)) else None)
+        raise InputError("there is no image to decode")
     return _stream(_chain(first, files), size, chunk, strict)
 
 

@@ -47,7 +47,7 @@ Keep = Literal["auto", "memory", "file", "off"]
 Chunks = Callable[[int], Iterable[Chunk]]
 """Gives the chunks of all images from the given one on, those left out counted."""
 
-_DECODING = 1  # raise it when the same files would give other pixels, so that kept ones are not used again
+DECODING = 1  # raise it when the same files would give other pixels, so that kept ones are not used again
 
 _log = logging.getLogger("phyla")
 
@@ -123,7 +123,7 @@ def kept_file(folder: Path | None, name: str, shape: tuple[int, int, int], what:
     shape : images, height, width
     what : says, JSON-able, what the pixels are made from
     """
-    return _place(folder) / f"{re.sub(r'[^A-Za-z0-9._+-]+', '-', name)[:40]}-{fingerprint(_DECODING, shape, what)}.npy"
+    return _place(folder) / f"{re.sub(r'[^A-Za-z0-9._+-]+', '-', name)[:40]}-{fingerprint(DECODING, shape, what)}.npy"
 
 
 def reopened(file: Path, name: str) -> Loaded | None:

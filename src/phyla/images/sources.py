@@ -6,7 +6,7 @@
 Pixels only: labels are read by ``evaluate.truth``, from the same places, by the ids given here.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -17,9 +17,9 @@ from phyla.images import finegrained, formats
 from phyla.images.arrays import from_array, read_array_file
 from phyla.images.catalog import DATASETS, Found, data_set_name, locate, not_found, split_parts
 from phyla.images.decode import SUFFIXES, checked_size, square
-from phyla.images.folders import Chunk, ImageFile, default_size, find_images, is_there, stream_images
+from phyla.images.folders import Chunk, ImageFile, default_size, is_there, stream_images, walk
 from phyla.images.gather import Keep, Loaded, Source, gather, how_kept, kept_file, looked_at
-from phyla.images.stored import FileList, FilePixels
+from phyla.images.stored import FileList, FilePixels, files_fingerprint, stamp
 from phyla.types import ImageSet
 
 __all__ = ["Loaded", "evenly", "from_array", "open_images"]
@@ -64,11 +64,11 @@ def open_images(source: str | Path, *, split: str = "train", size: int | None = 
     path = _existing(source)
     if path.is_file() and path.suffix.lower() in (".npy", ".npz"):
         array, ids = read_array_file(path)
-        return _open_array(from_array(array, ids, name=path.stem), size, limit, [str(path.resolve()), _stamp(path)])
+        return _open_array(from_array(array, ids, name=path.stem), size, limit, [str(path.resolve()), stamp(path)])
     if path.is_file() and path.suffix.lower() in SUFFIXES:
         raise InputError(f"{path} is one image, and classes are found among many",
                          f"give its folder, {path.parent}, or a list of files")
-    return _open_files(find_images(path), path.resolve().name or str(path), size, limit, strict, cache, keep)
+    return _open_files(walk(path), path.resolve().name or str(path), size, limit, strict, cache, keep)
 
 
 def evenly(n: int, limit: int | None) -> np.ndarray:
@@ -87,20 +87,14 @@ def _existing(source: str | Path) -> Path:
     raise DataNotFoundError(f"there is no folder or file {path}", "check the path; quote it if it holds spaces")
 
 
-def _stamp(path: Path | str) -> tuple[int, int]:
-    try:
-        status = Path(path).stat()
-        return status.st_size, status.st_mtime_ns
-    except (OSError, ValueError):  # a broken link is a file to be reported, not a reason to stop here
-        return 0, 0
-
-
 # ── files ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _open_files(files: Sequence[ImageFile], name: str, size: int | None, limit: int | None, strict: bool,
+def _open_files(files: Iterable[ImageFile], name: str, size: int | None, limit: int | None, strict: bool,
                 cache: Path | None, keep: Keep) -> Loaded:
-    packed = FileList(files[int(row)] for row in evenly(len(files), limit))
+    packed = FileList(files)
+    if limit is not None:
+        packed = FileList(packed[row] for row in evenly(len(packed), limit).tolist())
     size = size or default_size(packed)
 
     def chunks(start: int) -> Iterator[Chunk]:
@@ -110,7 +104,7 @@ def _open_files(files: Sequence[ImageFile], name: str, size: int | None, limit: 
     how = how_kept(keep, source.n_bytes, cache)
     if how == "memory":
         return gather(source)
-    file = kept_file(cache, name, source.shape, [(file.id, *_stamp(file.path)) for file in packed])
+    file = kept_file(cache, name, source.shape, files_fingerprint(packed))
     return gather(source, file) if how == "file" else looked_at(source, file, partial(FilePixels, packed, size=size))
 
 
@@ -135,7 +129,7 @@ def _open_data_set(name: str, split: str, size: int | None, data_dir: Path | Non
     arrays = {part: _pixels(place) for part, place in found.items()}
     ids = [f"{part}/{row:05d}" for part, array in arrays.items() for row in range(len(array))]
     rows = evenly(len(ids), limit)
-    stamps = [_stamp(path) for place in found.values() for path in place.paths]
+    stamps = [stamp(path) for place in found.values() for path in place.paths]
     return _gathered(list(arrays.values()), ids, rows, size, title, stamps)
 
 

@@ -1,11 +1,13 @@
 """Pixels that are not kept: image files, decoded when rows are asked for; and a list of files that stays small."""
 
+import hashlib
 import os
 import threading
 import weakref
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import overload
 
 import numpy as np
@@ -57,6 +59,23 @@ class FileList(Sequence[ImageFile]):
 
     def __iter__(self) -> Iterator[ImageFile]:
         return (self[row] for row in range(len(self)))
+
+
+def files_fingerprint(files: Iterable[ImageFile]) -> str:
+    """Return 16 hex digits that change with the id, size or time of any of the files; none is opened."""
+    digest = hashlib.blake2b(digest_size=8)
+    for file in files:
+        digest.update(f"{file.id}\0{stamp(file.path)}\0".encode())
+    return digest.hexdigest()
+
+
+def stamp(path: Path | str) -> tuple[int, int]:
+    """Return the size of a file and when it was changed; zeros where that cannot be told."""
+    try:
+        status = Path(path).stat()
+        return status.st_size, status.st_mtime_ns
+    except (OSError, ValueError):  # a broken link is a file to be reported, not a reason to stop here
+        return 0, 0
 
 
 class FilePixels:
