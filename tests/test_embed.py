@@ -1,16 +1,25 @@
 """Embeddings: rows in the order of the ids, whatever the batch; the network as it was before."""
 
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from commands import pictures
 from phyla.embed import device_of, embed, forward_all, weights_fingerprint
 from phyla.errors import InputError
 from phyla.images.augment import Views
 from phyla.images.batches import AHEAD, Streaming
+from phyla.images.sources import open_images
 from phyla.progress import shown_by
 from phyla.randomness import generator
+from phyla.shards import Shards
 from phyla.training.device import Device
 from phyla.training.group import ALONE, Group
 from phyla.types import ImageSet
@@ -197,3 +206,69 @@ def test_processes_share_the_work_and_each_has_what_one_would_have(processes):
     for found in processes.run(_forwards):
         for ours, theirs in zip(found, expected, strict=True):
             assert torch.equal(ours, theirs)
+
+
+# ── shards ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+CHILD = """
+import os, signal, sys
+from pathlib import Path
+from phyla import embed, shards
+from phyla.images.augment import Views
+from phyla.images.sources import open_images
+from phyla.nets.resnet import EncoderSpec
+from phyla.randomness import generator
+embed.SHARD = 8
+folder, moment, real = Path(sys.argv[1]), int(sys.argv[2]), shards.Shards.write
+def dying(self, shard, **arrays):
+    if shard == moment:
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(self, shard, **arrays)
+shards.Shards.write = dying
+images = open_images(folder / "photos", size=8, cache=folder / "kept", keep="off").images
+encoder = EncoderSpec(width=4).build(generator(0, "test"))
+embed.embed(images, encoder, Views("plain", 8), batch_size=4, folder=folder / ".work")
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
+def test_a_killed_embedding_goes_on_to_the_same_values(tmp_path, encoder, monkeypatch):
+    monkeypatch.setattr("phyla.embed.SHARD", 8)
+    pictures(tmp_path / "photos", 30)
+    ended = subprocess.run([sys.executable, "-c", CHILD, str(tmp_path), "2"], capture_output=True, text=True,
+                           timeout=100, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    assert len(list((tmp_path / ".work").glob("*.npz"))) == 2
+    images = open_images(tmp_path / "photos", size=8, cache=tmp_path / "kept", keep="off").images
+    expected = embed(images, encoder, PLAIN, batch_size=4).values
+    real, made = Shards.write, []
+    monkeypatch.setattr(Shards, "write", lambda self, shard, **told: made.append(shard) or real(self, shard, **told))
+    found = embed(images, encoder, PLAIN, batch_size=4, folder=tmp_path / ".work").values
+    assert made == [2, 3] and found.tobytes() == expected.tobytes()
+    assert not (tmp_path / ".work").exists()
+
+
+def test_shards_give_what_one_pass_gives(noise, encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr("phyla.embed.SHARD", 11)
+    for batch_size in (5, 11, 20):
+        found = embed(noise, encoder, PLAIN, batch_size=batch_size, folder=tmp_path / "work").values
+        np.testing.assert_array_equal(found, embed(noise, encoder, PLAIN, batch_size=batch_size).values)
+    assert not list(tmp_path.iterdir())
+
+
+def _sharded(group: Group, folder: str) -> np.ndarray:
+    from phyla import embed as module
+
+    module.SHARD = 8
+    pixels = np.random.default_rng(0).integers(0, 256, (47, 8, 8, 3), dtype=np.uint8)
+    images = ImageSet(pixels, [str(i) for i in range(47)])
+    return embed(images, Means(), PLAIN, device=Device(torch.device("cpu"), group=group), batch_size=4,
+                 folder=Path(folder) / "work").values
+
+
+def test_processes_share_the_shards(processes, tmp_path):
+    expected = _sharded(ALONE, str(tmp_path))
+    for found in processes.run(_sharded, str(tmp_path)):
+        np.testing.assert_array_equal(found, expected)
+    assert not list(tmp_path.iterdir())
