@@ -264,7 +264,7 @@ def _sharded(group: Group, folder: str) -> np.ndarray:
     pixels = np.random.default_rng(0).integers(0, 256, (47, 8, 8, 3), dtype=np.uint8)
     images = ImageSet(pixels, [str(i) for i in range(47)])
     return embed(images, Means(), PLAIN, device=Device(torch.device("cpu"), group=group), batch_size=4,
-                 folder=Path(folder) / "work").values
+                 folder=Path(folder) / ("work" if group.is_first else "none of its own")).values
 
 
 def test_processes_share_the_shards(processes, tmp_path):

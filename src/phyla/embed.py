@@ -35,7 +35,7 @@ def embed(images: ImageSet, encoder: nn.Module, views: Views, *, device: Device 
     device : where to compute, and where ``encoder`` is moved to; None: where it is
     batch_size : images a forward pass; changes nothing but speed
     folder : keeps finished shards of a large set while it is worked on, so that after a kill only the others are made;
-        removed at the end. The processes of a group see the same folder
+        removed at the end. The processes of a group use that of the first, which all must see
     """
     if folder is not None and len(images) > _shard(batch_size):
         return Embeddings(_in_shards(images, encoder, views, device or device_of(encoder), batch_size, folder),
@@ -53,7 +53,7 @@ def _in_shards(images: ImageSet, encoder: nn.Module, views: Views, device: Devic
     group, n = device.group, len(images)
     what = {"encoder": weights_fingerprint(encoder), "images": images.fingerprint, "views": asdict(views),
             "precision": device.precision, "batch_size": batch_size}
-    shards = Shards(folder, n, what=what, size=_shard(batch_size))
+    shards = Shards(group.share(folder), n, what=what, size=_shard(batch_size))
     if group.is_first:
         shards.begin()
     group.wait()
