@@ -13,10 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "phyla"
 
 LAYERS = (
-    {"errors"}, {"storage", "progress", "randomness"}, {"types"}, {"tables"}, {"images"}, {"nets"}, {"training"},
-    {"candidates"}, {"embed", "neighbors", "quality"}, {"reciprocal"},
     {"errors"}, {"storage", "progress", "randomness"}, {"types", "shards"}, {"tables"}, {"images"}, {"nets"},
-    {"training"}, {"embed", "neighbors", "quality"}, {"reciprocal"},
+    {"training"}, {"candidates"}, {"embed", "neighbors", "quality"}, {"reciprocal"},
     {"pretrain", "cluster", "refine"}, {"layouts"}, {"classifier", "zoo", "rundir"}, {"evaluate"}, {"report"},
     {"pipeline"}, {"recipes"}, {"overrides"}, {"stages", "recorded", "top"}, {"runner"}, {"labelling"},
     {"prediction", "inventory"}, {"display", "launch"}, {"cli"},
