@@ -266,6 +266,6 @@ def test_inner_products_that_overflow_are_refused():
 def test_memory_stays_within_a_few_blocks():
     """With a small block the largest buffer has block² · 4 numbers, far below n² here."""
     values, n = rows(4000, 4, dtype=np.float32), 4000
-    finder = module._Finder(*[module._Rows.of(values, device=None, normalize=True)] * 2, 5, 32)
+    finder = module.Finder(*[module.Rows.of(values, device=None, normalize=True)] * 2, 5, 32)
     assert len(finder.buffer) == 32 * 32 * 4
     assert len(finder.buffer) < n * n / 2000

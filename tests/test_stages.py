@@ -225,6 +225,30 @@ def test_neighbors_may_be_ranked_again(tmp_path):
     assert (plain.neighbors("train").indices != again.neighbors("train").indices).any()
 
 
+def test_neighbors_may_come_from_an_index_whose_recall_is_told(tmp_path):
+    pytest.importorskip("faiss", reason="FAISS is not installed: pip install 'phyla[scale]'")
+    told = {"neighbors.index": "ivf", "neighbors.recall": 0.9}
+    exact, indexed = (Runner(changed("nnm-digits", SMALL_NNM | more), tmp_path / "run") for more in ({}, told))
+    exact.go("neighbors")
+    result = indexed.go("neighbors")
+    assert [name for name, stage in indexed.run.stages.items() if not stage.was_kept] == ["neighbors"]
+    facts = indexed.run.stages["neighbors"].facts
+    assert 0.85 < facts["recall"] <= 1
+    assert result.notices == (f"neighbors: IVF, {facts['notices'][0].split(', ')[1]}, recall {facts['recall']:.3f} on "
+                              f"{N_DIGITS // 2} exact rows",)
+    exact.go("neighbors")
+    assert exact.run.stages["neighbors"].was_kept, "an index leaves the key of an exact search alone"
+
+
+@pytest.mark.parametrize(("told", "says"), [
+    ({"neighbors.index": "ivf", "neighbors.rerank": True}, "rerank=true needs the exact neighbors"),
+    ({"neighbors.recall": 0.0}, "recall must be above 0"),
+])
+def test_options_of_the_index_are_judged_before_the_work(tmp_path, told, says):
+    with pytest.raises(InputError, match=says):
+        Runner(changed("nnm-digits", SMALL_NNM | told), tmp_path / "run")
+
+
 def test_ruc_comes_on_top_of_a_refined_result(tmp_path):
     told = SMALL_NNM | {"refine.n_epochs": 1, "refine.batch_size": 20, "refine.threshold": 0.1, "refine.keep": "last",
                         "robust.n_epochs": 1, "robust.batch_size": 20, "robust.confidence_threshold": 0.05,

@@ -10,6 +10,7 @@ Input ``values (n, d)``; output ``Neighbors``: ``indices`` and ``similarities`` 
 """
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -30,6 +31,7 @@ _CHUNK = 1 << 16  # rows checked or measured at once
 _SUMMED = 1 << 16  # float64 numbers in one block of exact sums: 512 kB, which stays in the cache
 
 Metric = Literal["product", "euclidean"]
+Candidates = Callable[[np.ndarray], np.ndarray]
 
 
 def find_neighbors(
@@ -67,8 +69,18 @@ def find_neighbors(
     """
     if metric not in get_args(Metric):
         raise InputError(f"metric={metric!r} is not allowed", nearest(str(metric), list(get_args(Metric))))
-    bank = _Rows.of(values, device=device, normalize=normalize, euclidean=metric == "euclidean")
+    bank = Rows.of(values, device=device, normalize=normalize, euclidean=metric == "euclidean")
     return Neighbors(*_search(bank, bank, n_neighbors, block=block, title=title))
+
+
+def find_for_some(values: Embeddings | np.ndarray, rows: np.ndarray, *,
+                  n_neighbors: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the neighbors among all images of those images alone that ``rows``, int (n_rows,), names.
+
+    As ``find_neighbors``, of which it returns some rows: indices, int64 (n_rows, n_neighbors), and similarities.
+    """
+    among = Rows.of(values)
+    return Finder(among, among, n_neighbors).search(np.asarray(rows, np.int64))
 
 
 def find_in_bank(
@@ -90,7 +102,7 @@ def find_in_bank(
     InputError
         ``n_neighbors`` is below 1 or above the size of the bank, the widths differ, or a value is not finite.
     """
-    where, what = (_Rows.of(rows, device=device, normalize=normalize) for rows in (bank, queries))
+    where, what = (Rows.of(rows, device=device, normalize=normalize) for rows in (bank, queries))
     if where.values.shape[1] != what.values.shape[1]:
         raise InputError(f"queries of {what.values.shape[1]} features cannot be sought in a bank of "
                          f"{where.values.shape[1]} features", "embed both with the same encoder")
@@ -122,7 +134,7 @@ def check_embeddings(values: Embeddings | np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True, eq=False)
-class _Rows:
+class Rows:
     """Vectors on a device, and for each the factor that makes it a unit vector (0 for a zero vector)."""
 
     values: Float[Tensor, "images features"]
@@ -131,8 +143,9 @@ class _Rows:
     halves: Float[Tensor, " images"] | None = None  # for distances: half of each squared length after scaling
 
     @classmethod
-    def of(cls, values: Embeddings | np.ndarray, *, device: torch.device | str | None, normalize: bool,
-           euclidean: bool = False) -> "_Rows":
+    def of(cls, values: Embeddings | np.ndarray, *, device: torch.device | str | None = None, normalize: bool = True,
+           euclidean: bool = False) -> "Rows":
+        """Return ``values`` with what ``find_neighbors`` makes of these options."""
         array = check_embeddings(values)
         wide = array.dtype.kind == "f" and array.dtype.itemsize >= 8
         array = np.ascontiguousarray(array, dtype=np.float64 if wide else np.float32)
@@ -170,31 +183,26 @@ def _length(rows: Float[Tensor, "rows features"]) -> Float[Tensor, " rows"]:
     return largest * shrunk.square().sum(dim=1).sqrt()
 
 
-def _search(bank: _Rows, queries: _Rows, n_neighbors: int, *, block: int,
+def _search(bank: Rows, queries: Rows, n_neighbors: int, *, block: int,
             title: str = "finding neighbors") -> tuple[np.ndarray, np.ndarray]:
-    """Return indices and similarities of the nearest of the bank; queries that are the bank do not find themselves."""
-    own = int(bank is queries)
-    if n_neighbors < 1 or block < 1:
-        raise InputError(f"n_neighbors and block must be at least 1, got {n_neighbors} and {block}")
-    if n_neighbors > len(bank) - own:
-        raise InputError(f"n_neighbors={n_neighbors} needs at least {n_neighbors + own} images, got {len(bank)}",
-                         "lower n_neighbors or add images")
-    indices = np.empty((len(queries), n_neighbors), np.int64)
-    similarities = np.empty(indices.shape, queries.values.numpy(force=True).dtype)
-    finder = _Finder(bank, queries, n_neighbors, block)
-    with bar(title, total=len(queries), unit="image") as shown:
-        for start in range(0, len(queries), block):
-            stop = min(start + block, len(queries))
-            found, near = finder.find(torch.arange(start, stop, device=queries.values.device))
-            indices[start:stop], similarities[start:stop] = found.numpy(force=True), near.numpy(force=True)
-            shown.advance(stop - start)
-    return indices, similarities
+    """Return indices and similarities of the nearest of the bank."""
+    return Finder(bank, queries, n_neighbors, block).search(np.arange(len(queries)), title=title)
 
 
-class _Finder:
-    """The search of one bank, block by block, with the buffer of rough similarities that all blocks share."""
+class Finder:
+    """The search of one bank, block by block, with the buffer of rough similarities that all blocks share.
 
-    def __init__(self, bank: _Rows, queries: _Rows, n_neighbors: int, block: int) -> None:
+    Queries that are the bank do not find themselves.
+    """
+
+    def __init__(self, bank: Rows, queries: Rows, n_neighbors: int, block: int = _BLOCK) -> None:
+        own = int(bank is queries)
+        if n_neighbors < 1 or block < 1:
+            raise InputError(f"n_neighbors and block must be at least 1, got {n_neighbors} and {block}")
+        if n_neighbors > len(bank) - own:
+            raise InputError(f"n_neighbors={n_neighbors} needs at least {n_neighbors + own} images, got {len(bank)}",
+                             "lower n_neighbors or add images")
+        self.block = block
         self.bank, self.queries, self.n_neighbors = bank, queries, n_neighbors
         self.own = bank is queries
         self.width = min(n_neighbors + _SPARE, len(bank) - self.own)
@@ -202,6 +210,24 @@ class _Finder:
         size = min(block, len(queries)) * self.tile
         self.buffer = torch.empty(size, dtype=bank.values.dtype, device=bank.values.device)
         self.most = max(size // 8, self.width)  # pairs ranked at once
+
+    def search(self, rows: np.ndarray, *, title: str = "",
+               candidates_of: Candidates | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Return the neighbors of the queries ``rows`` and the similarities, (n_rows, n_neighbors).
+
+        ``candidates_of`` gives the candidates of some rows, int64 (n, width); None searches among all.
+        """
+        indices = np.empty((len(rows), self.n_neighbors), np.int64)
+        similarities = np.empty(indices.shape, np.float64 if self.queries.values.dtype == torch.float64 else np.float32)
+        with bar(title, total=len(rows), unit="image") as shown:
+            for start in range(0, len(rows), self.block):
+                some = slice(start, start + self.block)
+                asking = torch.from_numpy(rows[some]).to(self.queries.values.device)
+                found, near = (self.find(asking) if candidates_of is None else
+                               self.among(asking, torch.from_numpy(candidates_of(rows[some])).to(asking.device)))
+                indices[some], similarities[some] = found.numpy(force=True), near.numpy(force=True)
+                shown.advance(len(asking))
+        return indices, similarities
 
     def find(self, rows: Int[Tensor, " rows"]) -> tuple[Int[Tensor, "rows near"], Float[Tensor, "rows near"]]:
         """Return the neighbors of some queries and the similarities, ranked and exact."""
@@ -217,6 +243,24 @@ class _Finder:
             again = torch.nonzero(floor < torch.inf)[:, 0]
             if len(again):
                 found[part[again]], near[part[again]] = self.among_all(rows[part[again]], floor[again])
+        return found, near
+
+    def among(
+        self, rows: Int[Tensor, " rows"], candidates: Int[Tensor, "rows width"]
+    ) -> tuple[Int[Tensor, "rows near"], Float[Tensor, "rows near"]]:
+        """Return the nearest of the ``candidates`` alone, ranked and exact; -1 and a query itself are no candidates.
+
+        A query with fewer candidates than neighbors is searched for among all.
+        """
+        allowed = (candidates >= 0) & (candidates != rows[:, None] if self.own else True)
+        candidates = candidates.where(allowed, len(self.bank)).sort(dim=1).values
+        row, place = torch.nonzero(candidates < len(self.bank), as_tuple=True)
+        exact = torch.full(candidates.shape, -torch.inf, dtype=torch.float64, device=rows.device)
+        exact[row, place] = self.exact(rows, row, candidates[row, place])
+        found, near = self.ranked(candidates, exact)
+        few = torch.nonzero((allowed.sum(dim=1) < self.n_neighbors) | (self.queries.factor[rows] == 0))[:, 0]
+        if len(few):
+            found[few], near[few] = self.find(rows[few])
         return found, near
 
     def among_candidates(

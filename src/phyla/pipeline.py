@@ -3,7 +3,7 @@
     images -> pretrain -> embed -> neighbors -> cluster -> refine -> robust -> evaluate -> report
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
@@ -11,7 +11,9 @@ from phyla.cluster.kmeans import KMeans
 from phyla.cluster.nnm import NNM
 from phyla.cluster.scan import SCAN
 from phyla.cluster.tsuc import TSUC
+from phyla.errors import InputError
 from phyla.images.gather import Keep
+from phyla.index import Index, choose_index
 from phyla.pretrain.simclr import SimCLR
 from phyla.pretrain.superand import SuperAND
 from phyla.refine.ruc import RUC
@@ -85,6 +87,9 @@ class NeighborOptions:
 
     None means 20, or for small sets half of the images a cluster would have on average. ``rerank`` ranks by the overlap
     of neighborhoods (k-reciprocal, of ``k1`` images, averaged over ``k2``) instead of by the cosine.
+
+    ``index`` is how they are sought: exact compares all with all; ivf looks into part of the set, as much as finds the
+    share ``recall`` of the neighbors (the extra ``scale``); auto is ivf above 500,000 images if FAISS is installed.
     """
 
     n_neighbors: int | None = 20
@@ -92,6 +97,19 @@ class NeighborOptions:
     rerank: bool = False
     k1: int = 20
     k2: int = 6
+    index: Index = "exact"
+    recall: float = 0.95
+
+    def option_faults(self) -> Iterator[InputError]:
+        """Yield what is wrong with the options by themselves, or cannot be carried out here."""
+        if not 0 < self.recall <= 1:
+            yield InputError(f"recall must be above 0 and at most 1, got {self.recall}")
+        if self.rerank and self.index == "ivf":
+            yield InputError("rerank=true needs the exact neighbors", "--set neighbors.index=exact")
+        try:
+            choose_index(self.index, 0)
+        except InputError as fault:
+            yield fault
 
 
 @dataclass(frozen=True)

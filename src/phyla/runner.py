@@ -27,6 +27,7 @@ from phyla.evaluate.truth import Truth, true_labels
 from phyla.images.catalog import data_set_name
 from phyla.images.folders import is_there
 from phyla.images.sources import Loaded, open_images
+from phyla.index import choose_index
 from phyla.pipeline import PARTS, RESULTS, STAGES, Pipeline, Refiner, ResultStage, StageName
 from phyla.pretrain.simclr import SimCLR
 from phyla.recorded import recorded
@@ -184,15 +185,19 @@ class Runner:
         n_train, options = self._n_neighbors(len(self.train)), self.pipeline.neighbors
 
         def make(folder: Path) -> dict[str, object]:
+            facts: dict[str, object] = {"n_neighbors": n_train}
             for name, images in self._splits():
                 wanted = n_train if name == "train" else min(options.n_held_out, len(images) - 1)
-                found = stages.find(self.embeddings(name), wanted, options, device=self.device.device)
+                found, indexed = stages.find(self.embeddings(name), wanted, options, device=self.device.device)
                 save_neighbors(folder, found, name)
-            return {"n_neighbors": n_train}
+                if indexed is not None and name == "train":
+                    facts |= {"recall": indexed.recall, "notices": [indexed.notice]}
+            return facts
 
         told: dict[str, object] = {"n_neighbors": n_train, "n_held_out": options.n_held_out}
-        if options.rerank:
-            told |= {"rerank": [options.k1, options.k2]}
+        told |= {"rerank": [options.k1, options.k2]} if options.rerank else {}
+        if not options.rerank and choose_index(options.index, len(self.train)) == "ivf":
+            told |= {"ivf": options.recall}
         self.run.stage("neighbors", told, [self._key("embed")], make)
 
     def _cluster(self) -> None:

@@ -22,6 +22,7 @@ from phyla.cluster.tsuc import TSUC
 from phyla.embed import forward_all
 from phyla.errors import InputError
 from phyla.images.augment import Views
+from phyla.index import Indexed, choose_index, find_through_index
 from phyla.neighbors import find_neighbors
 from phyla.nets.heads import ClusterNet, Projection
 from phyla.pipeline import Clusterer, Layer, NeighborOptions, Pretrainer, Refiner
@@ -158,11 +159,15 @@ def _required(projection: Projection | None) -> Projection:
     return projection
 
 
-def find(embeddings: Embeddings, n_neighbors: int, options: NeighborOptions, *, device: torch.device) -> Neighbors:
-    """Return the neighbors of ``embeddings``, by the cosine or re-ranked as ``options`` say."""
+def find(embeddings: Embeddings, n_neighbors: int, options: NeighborOptions, *,
+         device: torch.device) -> tuple[Neighbors, Indexed | None]:
+    """Return the neighbors of ``embeddings``, as ``options`` say, and how good they are if an index found them."""
     if options.rerank:
-        return rerank(embeddings, n_neighbors, k1=options.k1, k2=options.k2, device=device)
-    return find_neighbors(embeddings, n_neighbors, device=device)
+        return rerank(embeddings, n_neighbors, k1=options.k1, k2=options.k2, device=device), None
+    if choose_index(options.index, len(embeddings)) == "exact":
+        return find_neighbors(embeddings, n_neighbors, device=device), None
+    found = find_through_index(embeddings, n_neighbors, recall=options.recall, device=device)
+    return found.neighbors, found
 
 
 # ── cluster ─────────────────────────────────────────────────────────────────────────────────────────────────────────
