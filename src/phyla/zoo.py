@@ -24,9 +24,8 @@ from phyla.errors import DataNotFoundError, InputError, nearest
 from phyla.images.augment import Views
 from phyla.images.catalog import data_folders
 from phyla.layouts import AGAIN, MOCO_FILE, WANTED, Contents, Part, compare, contents, fault, filled
-from phyla.nets.heads import ClusterHeads, ClusterNet, NormalizedHeads, Projection
+from phyla.nets.heads import ClusterHeads, ClusterNet, NormalizedHeads, Projection, summed
 from phyla.nets.resnet import SOBEL, Depth, Encoder, EncoderSpec, ResNet, Stem, TwoStream
-from phyla.refine.ruc import summed
 from phyla.storage import Allowed, read_checkpoint
 from phyla.training.device import Device
 from phyla.types import Embeddings, ImageSet

@@ -281,9 +281,9 @@ def test_fit_reads_the_table_by_the_index_of_the_image(fitted, seen, monkeypatch
         orders.append(visited)
         return planted if visited is None else planted[:, visited]
 
-    made = nnm._Source.views_of
+    made = nnm._Source.pair
     monkeypatch.setattr(nnm, "global_matches", plant)
-    monkeypatch.setattr(nnm._Source, "views_of", lambda self, step: batches.append(step.indices) or made(self, step))
+    monkeypatch.setattr(nnm._Source, "pair", lambda self, step: batches.append(step.indices) or made(self, step))
     fitted(n_epochs=4, global_targets=mode)
     assert len(seen) == len(batches) == 12
     assert all(targets is None for _, _, targets in seen[:3]), "the first epoch has no table yet"
@@ -366,18 +366,16 @@ def test_ten_steps_give_the_recorded_losses(fitted, seen, recorded):
     recorded("nnm", [loss.total.sum().item() for loss, _, _ in seen])
 
 
-def test_views_of_a_step_are_two_of_the_image_and_one_of_a_neighbor_or_itself(noise, noise_neighbors, encoder,
+def test_a_step_takes_each_image_and_one_of_its_neighbors_or_itself(noise, noise_neighbors, encoder,
                                                                               monkeypatch):
     source = nnm._Source(noise, noise_neighbors, encoder, None, tiny(), choose_device("cpu"))
     taken: list[Tensor] = []
     take = source.pixels.take
     monkeypatch.setattr(source.pixels, "take", lambda rows: taken.append(rows) or take(rows))
     for step in nnm.Loop("cluster", nnm.Order(32, 32, 0), n_epochs=40, state={}, seed=0):
-        first, second, partner = source.views_of(step)
-        assert first.shape == second.shape == partner.shape == (32, 3, 16, 16)
-        assert not torch.equal(first, second), "two views of each, drawn apart"
-    anchors, again, partners = (torch.cat(taken[part::3]).numpy() for part in range(3))
-    assert np.array_equal(anchors, again)
+        batch, partner = source.pair(step)
+        assert batch.shape == partner.shape == (32, 16, 16, 3)
+    anchors, partners = (torch.cat([rows.chunk(2)[part] for rows in taken]).numpy() for part in range(2))
     table = np.concatenate([np.arange(32)[:, None], noise_neighbors.indices], axis=1)
     columns = table[anchors] == partners[:, None]
     assert (columns.sum(axis=1) == 1).all()

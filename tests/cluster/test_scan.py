@@ -229,8 +229,8 @@ def test_images_come_with_one_of_their_neighbors_or_themselves(monkeypatch):
     near = find_neighbors(rows, 3)
     pairs = []
     draw = scan._Pairs.draw
-    monkeypatch.setattr(scan._Pairs, "draw", lambda self, anchors, source: pairs.append(
-        (anchors, draw(self, anchors, source))) or pairs[-1][1])
+    monkeypatch.setattr(scan._Pairs, "draw", lambda self, step: pairs.append(
+        (step.rows, draw(self, step))) or pairs[-1][1])
     tiny(n_epochs=40, batch_size=60).fit(rows, neighbors=near)
     anchors, partners = (torch.cat(part).numpy() for part in zip(*pairs, strict=True))
     table = np.concatenate([np.arange(60)[:, None], near.indices], axis=1)

@@ -29,6 +29,7 @@ from phyla.pretrain.superand import (
     learning_rate,
     memory_entropy,
     memory_losses,
+    rows_of_losses,
     unification_entropy,
     unification_weight,
 )
@@ -453,8 +454,8 @@ def test_gram_is_that_of_the_rows_and_computed_anew_once_an_epoch(digits, monkey
     monkeypatch.setattr(superand, "augmentation_loss", lambda rows, *, temperature, gram: grams.append(gram.clone())
                         or augmentation_loss(rows, temperature=temperature, gram=gram))
     seen = []
-    monkeypatch.setattr(superand, "memory_losses", lambda rows, bank, *a, **k: seen.append(bank.clone())
-                        or memory_losses(rows, bank, *a, **k))
+    monkeypatch.setattr(superand, "rows_of_losses", lambda rows, bank, *a, **k: seen.append(bank.clone())
+                        or rows_of_losses(rows, bank, *a, **k))
     tiny().fit(digits)
     assert calls == [0, 3, 6, 9, 12], "when it is drawn, then after each epoch of three steps"
     for rows, gram in zip(seen, grams, strict=True):
@@ -471,7 +472,7 @@ def test_all_parts_make_the_loss_with_their_weights(digits):
 
 def test_entropy_is_asked_for_as_the_options_say(digits, monkeypatch):
     asked = []
-    monkeypatch.setattr(superand, "memory_losses", lambda *a, entropy, **k: asked.append(entropy) or memory_losses(
+    monkeypatch.setattr(superand, "rows_of_losses", lambda *a, entropy, **k: asked.append(entropy) or rows_of_losses(
         *a, entropy=entropy, **k))
     for mask_self, name in ((True, "masked"), (False, "all")):
         asked.clear()
@@ -483,7 +484,7 @@ def test_entropy_is_asked_for_as_the_options_say(digits, monkeypatch):
 def test_ancestors_compute_nothing_that_they_do_not_need(digits, monkeypatch, n_rounds):
     """One round is instance discrimination, several are AND."""
     asked = []
-    monkeypatch.setattr(superand, "memory_losses", lambda *a, entropy, **k: asked.append(entropy) or memory_losses(
+    monkeypatch.setattr(superand, "rows_of_losses", lambda *a, entropy, **k: asked.append(entropy) or rows_of_losses(
         *a, entropy=entropy, **k))
     monkeypatch.setattr(superand, "augmentation_loss", lambda *_, **__: pytest.fail("not a part of these methods"))
     fitted = tiny(n_rounds=n_rounds, augmentation_weight=0, unification_step=0).fit(digits)
@@ -520,11 +521,11 @@ def test_same_seed_same_weights_and_another_seed_others(digits):
 @pytest.mark.parametrize("call", [2, 6, 7, 8, 11, 12])
 def test_killed_and_started_again_it_ends_bit_equal(digits, killed, tmp_path, monkeypatch, call):
     whole = tiny().fit(digits)  # 2 rounds of 2 epochs of 3 steps
-    with killed(superand, "memory_losses", call):
+    with killed(superand, "rows_of_losses", call):
         tiny().fit(digits, folder=tmp_path)
     steps, found = [], []
     find = superand._neighbor_of_anchors
-    monkeypatch.setattr(superand, "memory_losses", lambda *a, **k: steps.append(0) or memory_losses(*a, **k))
+    monkeypatch.setattr(superand, "rows_of_losses", lambda *a, **k: steps.append(0) or rows_of_losses(*a, **k))
     monkeypatch.setattr(superand, "_neighbor_of_anchors", lambda *a: found.append(0) or find(*a))
     again = tiny().fit(digits, folder=tmp_path)
     assert len(steps) == 12 - (call - 1) and len(found) == (call <= 7), "it goes on where it was"
@@ -663,10 +664,10 @@ def test_a_loss_that_is_not_finite_ends_the_fit_and_says_where(digits, monkeypat
 
     def broken(*args: object, **options: object) -> superand.MemoryLosses:
         calls.append(0)
-        found = memory_losses(*args, **options)
+        found = rows_of_losses(*args, **options)
         return found._replace(attraction=found.attraction * (math.nan if len(calls) == 5 else 1.0))
 
-    monkeypatch.setattr(superand, "memory_losses", broken)
+    monkeypatch.setattr(superand, "rows_of_losses", broken)
     with pytest.raises(NonFiniteLossError, match="pretrain: the loss is not finite at step 4"):
         tiny().fit(digits, folder=tmp_path)
 

@@ -20,7 +20,7 @@ from phyla.evaluate.matching import hungarian_accuracy
 from phyla.images.augment import Views
 from phyla.images.batches import Order
 from phyla.neighbors import find_neighbors
-from phyla.nets.heads import ClusterHeads, ClusterNet, Projection
+from phyla.nets.heads import ClusterHeads, ClusterNet, Projection, summed
 from phyla.nets.resnet import EncoderSpec, Ensemble, ResNet
 from phyla.overrides import change
 from phyla.quality import label_free_temperature, neighbor_agreement, supported_share
@@ -39,7 +39,6 @@ from phyla.refine.ruc import (
     ramp,
     sharpen,
     smoothed_cross_entropy,
-    summed,
 )
 from phyla.training.device import choose_device
 from phyla.training.schedule import cosine
@@ -387,7 +386,7 @@ def published(method: RUC, net: ClusterNet, images: ImageSet, labels: Tensor, cl
 def exact(monkeypatch: pytest.MonkeyPatch, net: ClusterNet) -> ClusterNet:
     """Return the network in float64, with views in float64."""
     draw = Views.__call__
-    monkeypatch.setattr(Views, "__call__", lambda self, pixels, source: draw(self, pixels, source).double())
+    monkeypatch.setattr(Views, "__call__", lambda self, *a, **k: draw(self, *a, **k).double())
     return net.double()
 
 
@@ -782,7 +781,7 @@ def test_networks_embeddings_and_neighbors_that_do_not_fit_are_refused(noise, no
     with pytest.raises(InputError, match="the embeddings belong to another set: 32 rows, 9 images"):
         tiny().fit(few, net=net, embeddings=noise_embeddings)
     for shown in ({"neighbors": noise_neighbors}, {"watched": (noise.select(np.arange(8)), noise_neighbors)}):
-        with pytest.raises(InputError, match="neighbors belong to another set: 32 rows"):
+        with pytest.raises(InputError, match="neighbors belong to another set: 5 each of 32 images"):
             tiny().fit(few, net=net, **shown)
 
 

@@ -493,7 +493,7 @@ def test_networks_and_neighbors_that_do_not_fit_are_refused(noise, noise_neighbo
         tiny().fit(noise.select(np.array([0])), net=net)
     few = noise.select(np.arange(9))
     for shown in ({"neighbors": noise_neighbors}, {"watched": (noise.select(np.arange(8)), noise_neighbors)}):
-        with pytest.raises(InputError, match="belong to another set: 32 rows"):
+        with pytest.raises(InputError, match="belong to another set: 5 each of 32 images"):
             tiny().fit(few, net=net, **shown)
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from phyla.training.device import choose_device
 from phyla.training.options import faults, make_optimizer
 
 
@@ -77,6 +78,6 @@ def test_every_fault_is_told() -> None:
     ("sgd", torch.optim.SGD, {"lr": 0.3, "weight_decay": 0.02, "momentum": 0.8, "nesterov": False})])
 def test_the_optimizer_is_the_one_that_was_named(name: str, kind: type, expected: dict[str, object]) -> None:
     weight = nn.Parameter(torch.zeros(2))
-    made = make_optimizer(name, [weight], lr=0.3, momentum=0.8, weight_decay=0.02)
+    made = make_optimizer(name, [weight], choose_device("cpu"), lr=0.3, momentum=0.8, weight_decay=0.02)
     assert type(made) is kind and made.param_groups[0]["params"] == [weight]
     assert {key: made.param_groups[0][key] for key in expected} == expected

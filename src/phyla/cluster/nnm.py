@@ -38,7 +38,7 @@ from phyla.randomness import derive_seed, generator
 from phyla.storage import fingerprint
 from phyla.training.device import Device, choose_device
 from phyla.training.loop import Loop, Step
-from phyla.training.options import faults, make_optimizer
+from phyla.training.options import faults, make_optimizer, neighbor_faults
 from phyla.types import ImageSet, Neighbors
 
 log = logging.getLogger("phyla")
@@ -184,6 +184,8 @@ class NNM(ClusterMixin, BaseEstimator):
     global_weight : of that term, 0 or more; 0 is off
     views : random views of anchors and neighbors
     update : all: encoder and heads; heads: the encoder stays frozen, in evaluation mode
+    forwards : two: the views of a step one after the other, each with its own BatchNorm statistics, as published;
+        fused: one pass
     select : label_free: head and epoch with the lowest ``selection_score``; last: the last epoch, best head
     n_selection_neighbors : neighbors of the score, 5 as published (the image itself counts as one more)
     optimizer, lr, weight_decay, momentum : adam (L2 decay, not decoupled) or sgd, constant learning rate
@@ -201,6 +203,7 @@ class NNM(ClusterMixin, BaseEstimator):
     global_weight: float = 1.0
     views: Views = Views(kind="strong", size=32)
     update: Literal["all", "heads"] = "all"
+    forwards: Literal["two", "fused"] = "two"
     select: Literal["label_free", "last"] = "label_free"
     n_selection_neighbors: int = 5
     optimizer: Literal["adam", "sgd"] = "adam"
@@ -249,27 +252,35 @@ class NNM(ClusterMixin, BaseEstimator):
         device.place(net).requires_grad_(True)
         net.encoder.requires_grad_(self.update == "all")
         trained = net if self.update == "all" else net.heads
-        optimizer = make_optimizer(self.optimizer, trained.parameters(), lr=self.lr, momentum=self.momentum,
+        optimizer = make_optimizer(self.optimizer, trained.parameters(), device, lr=self.lr, momentum=self.momentum,
                                    weight_decay=self.weight_decay)
         order = self._order(len(images), device)
         kind = torch.int16 if self.n_clusters <= torch.iinfo(torch.int16).max else torch.int32
         held: dict[str, Any] = {"score": math.inf, "head": 0, "epoch": 0, "state": {}, "targets": None,
                                 "labels": torch.zeros(self.n_epochs, len(source.watched[0]), dtype=kind)}
-        run = Loop("cluster", order, n_epochs=self.n_epochs, state={"net": net, "optimizer": optimizer}, memory=held,
-                   folder=folder, seed=self.random_state, key=key)
+        embed = device.compiled(net.embed)
 
-        for step in run:
-            net.train(self.update == "all")
-            views = source.views_of(step)
+        def advance(step: Step, batch: Tensor, partners: Tensor, targets: Tensor | None) -> None:
+            views = [step.view(self.views, pixels) for pixels in (batch, batch, partners)]
             with device.autocast():
-                features = net.embed(views[0])
-                anchor, augmented, partner = net.heads(features), net(views[1]), net(views[2])
-            loss = nnm_loss(anchor.float(), augmented.float(), partner.float(), batch_match(features),
-                            source.targets(held, step.indices), entropy_weight=self.entropy_weight,
-                            global_weight=self.global_weight)
+                if self.forwards == "two":
+                    features = [embed(each) for each in views]
+                else:
+                    features = list(embed(torch.cat(views)).chunk(3))
+                logits = [net.heads(each) for each in features]
+            anchor, augmented, partner = (step.gather(each.float(), dim=1) for each in logits)
+            loss = nnm_loss(anchor, augmented, partner, batch_match(step.gather(features[0])), targets,
+                            entropy_weight=self.entropy_weight, global_weight=self.global_weight)
             step.backward(loss.total.sum(), optimizer)
             step.log(loss=loss.total.mean(), consistency=loss.consistency.mean(), entropy=loss.entropy.mean(),
                      class_contrast=loss.class_contrast.mean(), global_match=loss.global_match.mean())
+
+        run = Loop("cluster", order, n_epochs=self.n_epochs, state={"net": net, "optimizer": optimizer}, memory=held,
+                   folder=folder, seed=self.random_state, key=key, device=device, pixels=source.pixels,
+                   wants=source.wanted)
+        for step in run:
+            net.train(self.update == "all")
+            step.run(advance, *source.pair(step), source.targets(held, step.indices))
             if step.ends_epoch:
                 p = source.watched_probabilities(net)
                 scores = self._scores(p, source.watched[1])
@@ -319,10 +330,7 @@ class NNM(ClusterMixin, BaseEstimator):
         if len(images) < max(2, self.n_clusters):
             yield InputError(f"n_clusters={self.n_clusters} needs at least {max(2, self.n_clusters)} images, "
                              f"got {len(images)}", "lower n_clusters or add images")
-        for shown, near in ((images, neighbors), watched or (images, None)):
-            if near is not None and near.indices.shape != (len(shown), max(1, near.n_neighbors)):
-                yield InputError(f"the neighbors belong to another set: {near.n_neighbors} each of {len(near)} images, "
-                                 f"not of {len(shown)}", "find them again for these images")
+        yield from neighbor_faults((images, neighbors), watched)
 
     def _key(self, images: ImageSet, neighbors: Neighbors, encoder: nn.Module,
              watched: tuple[ImageSet, Neighbors] | None) -> str:
@@ -365,13 +373,17 @@ class _Source:
             side = options.views.size
             self.n_features = encoder.cpu().eval()(torch.zeros(1, 3, side, side)).shape[1]
 
-    def views_of(self, step: Step) -> tuple[Tensor, Tensor, Tensor]:
-        """Return a view of each anchor, another one, and a view of one of its neighbors."""
-        column = torch.randint(self.table.shape[1], step.indices.shape, generator=step.generator)
-        partners = self.table[step.indices, column.to(step.indices.device, non_blocking=True)]
-        first, second, partner = (self.device.arrange(self.options.views(self.pixels.take(rows), step.generator))
-                                  for rows in (step.indices, step.indices, partners))
-        return first, second, partner
+    def wanted(self, step: Step) -> Int[Tensor, " images"]:
+        """Return the anchors, then one neighbor of each; the numbers are drawn for the whole batch."""
+        source = step.generator
+        column = torch.randint(self.table.shape[1], step.indices.shape, generator=source, device=source.device)
+        partners = self.table[step.rows, column[step.part].to(step.rows.device, non_blocking=True)]
+        return torch.cat([step.rows, partners])
+
+    def pair(self, step: Step) -> tuple[Tensor, Tensor]:
+        """Return the pixels of the anchors and of their neighbors."""
+        anchors, partners = self.pixels.take(self.wanted(step)).chunk(2)
+        return anchors, partners
 
     def targets(self, held: dict[str, Any], indices: Tensor) -> Tensor | None:
         """Return the targets of a batch, (n_heads, B, K); None before there are any."""
@@ -388,10 +400,12 @@ class _Source:
         features = forward_all(self.images, net, net.embed, views, device=self.device, seed=seed).float()
         with torch.no_grad():
             probabilities = net.heads.probabilities(features)
+        if not self.device.group.is_first:  # one search is enough
+            return self.device.group.share(torch.empty(0))
         visited = None
         if options.global_targets == "visit_order":
             visited = torch.randperm(len(features), generator=generator(options.random_state, "visit order", epoch))
-        return global_matches(features, probabilities, visited=visited)
+        return self.device.group.share(global_matches(features, probabilities, visited=visited))
 
     def watched_probabilities(self, net: ClusterNet) -> Tensor:
         return forward_all(self.watched[0], net, net.probabilities, self.options.views.plain(), device=self.device)

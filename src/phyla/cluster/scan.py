@@ -37,7 +37,7 @@ from phyla.randomness import derive_seed, generator
 from phyla.storage import fingerprint
 from phyla.training.device import Device, choose_device
 from phyla.training.loop import Loop, Step
-from phyla.training.options import faults, make_optimizer
+from phyla.training.options import faults, make_optimizer, neighbor_faults
 from phyla.types import Embeddings, ImageSet, Neighbors
 
 log = logging.getLogger("phyla")
@@ -156,7 +156,8 @@ class SCAN(ClusterMixin, BaseEstimator):
         for fault in self._faults(images, encoder, watched):
             raise fault
         neighbors = self._find_neighbors(images) if neighbors is None else neighbors
-        _check_neighbors(neighbors, len(images))
+        for fault in neighbor_faults((images, neighbors)):
+            raise fault
         key = self._key(images, neighbors, encoder, watched) if folder else ""
         source = self._open(images, neighbors, encoder, watched, device)
         net = ClusterNet(source.encoder, ClusterHeads(source.n_features, self.n_clusters, self.n_heads))
@@ -164,26 +165,31 @@ class SCAN(ClusterMixin, BaseEstimator):
         device.place(net).requires_grad_(True)
         net.encoder.requires_grad_(source.trains_encoder)
         trained = net if source.trains_encoder else net.heads
-        optimizer = make_optimizer(self.optimizer, trained.parameters(), lr=self.lr, momentum=self.momentum,
+        optimizer = make_optimizer(self.optimizer, trained.parameters(), device, lr=self.lr, momentum=self.momentum,
                                    weight_decay=self.weight_decay)
         order = Order(len(images), self.batch_size, self.random_state, device=device.device)
         best: dict[str, Any] = {"score": math.inf, "head": 0, "epoch": 0, "state": {}}
-        run = Loop("cluster", order, n_epochs=self.n_epochs, state={"net": net, "optimizer": optimizer}, memory=best,
-                   folder=folder, seed=self.random_state, key=key)
         prior = None if self.class_prior is None else torch.tensor(self.class_prior, device=device.device)
+        forward = device.compiled(net)
 
-        for step in run:
-            net.train(source.trains_encoder)
-            anchors, partners = source.pair(step)
+        def advance(step: Step, *pair: Tensor) -> None:
+            anchors, partners = (source.view(step, each) for each in pair)
             with device.autocast():
                 if self.forwards == "two":
-                    anchor_logits, partner_logits = net(anchors), net(partners)
+                    anchor_logits, partner_logits = forward(anchors), forward(partners)
                 else:
-                    anchor_logits, partner_logits = net(torch.cat([anchors, partners])).chunk(2, dim=1)
-            loss = scan_loss(anchor_logits.float(), partner_logits.float(), entropy_weight=self.entropy_weight,
-                             class_prior=prior)
+                    anchor_logits, partner_logits = forward(torch.cat([anchors, partners])).chunk(2, dim=1)
+            loss = scan_loss(step.gather(anchor_logits.float(), dim=1), step.gather(partner_logits.float(), dim=1),
+                             entropy_weight=self.entropy_weight, class_prior=prior)
             step.backward(loss.total.sum(), optimizer)
             step.log(loss=loss.total.mean(), consistency=loss.consistency.mean(), entropy=loss.entropy.mean())
+
+        run = Loop("cluster", order, n_epochs=self.n_epochs, state={"net": net, "optimizer": optimizer}, memory=best,
+                   folder=folder, seed=self.random_state, key=key, device=device, pixels=source.pixels,
+                   wants=source.wanted)
+        for step in run:
+            net.train(source.trains_encoder)
+            step.run(advance, *source.pair(step))
             if step.ends_epoch:
                 scores = self._scores(source.watched_probabilities(net), source.watched_neighbors)
                 head = int(np.argmin(scores))
@@ -252,7 +258,7 @@ class SCAN(ClusterMixin, BaseEstimator):
         if not isinstance(images, ImageSet) and (encoder is not None or watched is not None):
             yield InputError("embeddings come without an encoder and watched images", "pass the images instead")
         if watched is not None:
-            _check_neighbors(watched.neighbors, len(watched.images))
+            yield from neighbor_faults((watched.images, watched.neighbors))
 
     def _key(self, images: ImageSet | Embeddings | np.ndarray, neighbors: Neighbors, encoder: nn.Module | None,
              watched: Watched | None) -> str:
@@ -307,9 +313,11 @@ class _Pairs:
         own = np.arange(len(neighbors))[:, None]
         self.table = torch.from_numpy(np.concatenate([own, neighbors.indices], axis=1)).to(device)
 
-    def draw(self, anchors: Tensor, source: torch.Generator) -> Tensor:
-        column = torch.randint(self.table.shape[1], anchors.shape, generator=source)
-        return self.table[anchors, column.to(anchors.device, non_blocking=True)]
+    def draw(self, step: Step) -> Tensor:
+        """Return a neighbor of each of the step's rows; the numbers are drawn for the whole batch."""
+        source = step.generator
+        column = torch.randint(self.table.shape[1], step.indices.shape, generator=source, device=source.device)
+        return self.table[step.rows, column[step.part].to(step.rows.device, non_blocking=True)]
 
 
 class _FromImages:
@@ -328,12 +336,18 @@ class _FromImages:
     def watched_neighbors(self) -> Neighbors:
         return self.watched.neighbors
 
-    def pair(self, step: Step) -> tuple[Tensor, Tensor]:
-        partners = self.pairs.draw(step.indices, step.generator)
-        return self._view(step.indices, step), self._view(partners, step)
+    def wanted(self, step: Step) -> Tensor:
+        """Return the anchors, then one neighbor of each."""
+        return torch.cat([step.rows, self.pairs.draw(step)])
 
-    def _view(self, rows: Tensor, step: Step) -> Tensor:
-        return self.device.arrange(self.views(self.pixels.take(rows), step.generator))
+    def pair(self, step: Step) -> tuple[Tensor, Tensor]:
+        """Return the pixels of the anchors and of their neighbors."""
+        anchors, partners = self.pixels.take(self.wanted(step)).chunk(2)
+        return anchors, partners
+
+    def view(self, step: Step, pixels: Tensor) -> Tensor:
+        """Return what the network is shown."""
+        return step.view(self.views, pixels)
 
     def watched_probabilities(self, net: ClusterNet) -> Tensor:
         return forward_all(self.watched.images, net, net.probabilities, self.views.plain(), device=self.device)
@@ -349,6 +363,7 @@ class _FromEmbeddings:
     """Embeddings made once: ``drawn`` (R, n, D) for training, ``plain`` (n, D) for prediction."""
 
     trains_encoder = False
+    pixels, wanted = None, None
 
     def __init__(self, plain: Tensor, drawn: Tensor, neighbors: Neighbors, frozen: nn.Module,
                  watched: Watched | None, watched_plain: Tensor | None) -> None:
@@ -359,12 +374,18 @@ class _FromEmbeddings:
         self.pairs = _Pairs(neighbors, plain.device)
 
     def pair(self, step: Step) -> tuple[Tensor, Tensor]:
-        partners = self.pairs.draw(step.indices, step.generator)
-        return self._view(step.indices, step), self._view(partners, step)
+        """Return embeddings of one view of the anchors, and of one neighbor each."""
+        partners = self.pairs.draw(step)
+        return self._drawn(step, step.rows), self._drawn(step, partners)
 
-    def _view(self, rows: Tensor, step: Step) -> Tensor:
-        view = torch.randint(len(self.drawn), rows.shape, generator=step.generator)
-        return self.drawn[view.to(rows.device, non_blocking=True), rows]
+    def view(self, step: Step, embeddings: Tensor) -> Tensor:
+        """Return what the network is shown."""
+        return embeddings
+
+    def _drawn(self, step: Step, rows: Tensor) -> Tensor:
+        source = step.generator
+        view = torch.randint(len(self.drawn), step.indices.shape, generator=source, device=source.device)
+        return self.drawn[view[step.part].to(rows.device, non_blocking=True), rows]
 
     def watched_probabilities(self, net: ClusterNet) -> Tensor:
         with torch.no_grad():
@@ -376,12 +397,6 @@ class _FromEmbeddings:
 
     def whole(self, net: ClusterNet) -> ClusterNet:
         return ClusterNet(self.frozen, net.heads)
-
-
-def _check_neighbors(neighbors: Neighbors, n_images: int) -> None:
-    if neighbors.indices.shape != (n_images, max(1, neighbors.n_neighbors)):
-        raise InputError(f"the neighbors belong to another set: {neighbors.n_neighbors} each of {len(neighbors)} "
-                         f"images, not of {n_images}", "find them again for these images")
 
 
 def _rows(embeddings: Embeddings | np.ndarray | ImageSet) -> np.ndarray:

@@ -40,8 +40,8 @@ from phyla.quality import effective_clusters, used_clusters
 from phyla.randomness import derive_seed, generator
 from phyla.storage import fingerprint
 from phyla.training.device import Device, choose_device
-from phyla.training.loop import Loop
-from phyla.training.options import faults
+from phyla.training.loop import Loop, Step
+from phyla.training.options import faults, make_optimizer
 from phyla.training.schedule import learning_rate
 from phyla.types import ImageSet
 
@@ -206,25 +206,28 @@ class TSUC(ClusterMixin, BaseEstimator):
         pixels = open_pixels(images, device.device)
         order = Order(len(images), self.batch_size, self.random_state, device=device.device)
         best: dict[str, Any] = {"loss": math.inf, "epoch": 0, "head_losses": [], "state": {}}
-        run = Loop("cluster", order, n_epochs=self.n_epochs, state={"net": net, "optimizer": optimizer}, memory=best,
-                   folder=folder, seed=self.random_state, key=key)
+        encode = device.compiled(encoder)
 
-        for step in run:
-            step.set_lr(optimizer, learning_rate(step.epoch, lr=self.lr, drop_epoch=self.lr_drop_epoch,
-                                                 drop_every=self.lr_drop_every, decay=self.lr_decay))
-            batch = pixels.take(step.indices)
-            views = torch.cat([self.views(batch, step.generator), self.views(batch, step.generator)])
+        def advance(step: Step, batch: Tensor) -> None:
+            views = torch.cat([step.view(self.views, batch), step.view(self.views, batch)])
             with device.autocast():
-                embeddings = encoder(device.arrange(views))
+                embeddings = encode(views)
             rows = projection(embeddings.float())
-            first, second = heads(rows).softmax(2).chunk(2, dim=1)
+            first, second = (step.gather(half, dim=1) for half in heads(rows).softmax(2).chunk(2, dim=1))
             of_heads = assignment_loss(first, second)
             assignment = of_heads.mean()
-            consistency = consistency_loss(rows, temperature=self.consistency_temperature)
+            consistency = consistency_loss(step.gather_pairs(rows), temperature=self.consistency_temperature)
             loss = self.consistency_weight * consistency + assignment
             step.backward(loss, optimizer)
             step.log(loss=loss, consistency=consistency, assignment=assignment,
                      **{f"head_{head}": each for head, each in enumerate(of_heads.detach())})
+
+        run = Loop("cluster", order, n_epochs=self.n_epochs, state={"net": net, "optimizer": optimizer}, memory=best,
+                   folder=folder, seed=self.random_state, key=key, device=device, pixels=pixels)
+        for step in run:
+            step.set_lr(optimizer, learning_rate(step.epoch, lr=self.lr, drop_epoch=self.lr_drop_epoch,
+                                                 drop_every=self.lr_drop_every, decay=self.lr_decay))
+            step.run(advance, pixels.take(step.rows))
             if step.ends_epoch:
                 step.record(mutual_information=-step.mean("assignment"))
                 if step.mean("loss") < best["loss"] or self.select == "last":
@@ -329,8 +332,8 @@ class TSUC(ClusterMixin, BaseEstimator):
         trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
         if not trained:
             raise _nothing_to_train()
-        return torch.optim.SGD(trained, self.lr, self.momentum, weight_decay=self.weight_decay,
-                               nesterov=self.momentum > 0, fused=device.device.type == "cuda")
+        return make_optimizer("sgd", trained, device, lr=self.lr, momentum=self.momentum,
+                              weight_decay=self.weight_decay, nesterov=True)
 
     def _assign(self, images: ImageSet, device: Device) -> None:
         chosen, every, n_clusters = self.net_.heads, self.heads_net_.heads, self.n_clusters

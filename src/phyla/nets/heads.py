@@ -1,7 +1,8 @@
-"""Heads that sit on an encoder: a projection onto the unit sphere, and many cluster heads in one matmul."""
+"""Heads on an encoder: a projection onto the unit sphere, many cluster heads in one matmul, sums of networks."""
 
 import copy
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -9,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from phyla.errors import InputError
+from phyla.nets.resnet import Ensemble, ResNet, TwoStream
 
 Norm = Literal["feature_rows", "class_columns"]
 
@@ -163,3 +165,26 @@ class ClusterNet(nn.Module):
     def only(self, head: int) -> "ClusterNet":
         """Return a copy with one head; encoder and projection are copied too."""
         return ClusterNet(copy.deepcopy(self.encoder), self.heads.only(head), copy.deepcopy(self.projection))
+
+
+class _Beside(nn.Module):
+    """Encoders that are none of ours: their embeddings stand in a row."""
+
+    def __init__(self, members: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([member(x) for member in self.members], dim=1)
+
+
+def summed(nets: Sequence[ClusterNet]) -> ClusterNet:
+    """Return one network with one head whose logits are the sum of those of ``nets``; it shares their encoders."""
+    first = nets[0].heads.weight
+    heads = ClusterHeads(sum(net.heads.weight.shape[2] for net in nets), first.shape[1]).to(first)
+    heads.weight.data = torch.cat([net.heads.weight.data for net in nets], dim=2)
+    heads.bias.data = torch.stack([net.heads.bias.data for net in nets]).sum(dim=0)
+    encoders = [net.encoder for net in nets]
+    members = [one for encoder in encoders for one in (encoder.members if isinstance(encoder, Ensemble) else [encoder])]
+    ours = [one for one in members if isinstance(one, ResNet | TwoStream)]
+    return ClusterNet(Ensemble(ours) if len(ours) == len(members) else _Beside(encoders), heads)

@@ -30,8 +30,8 @@ from phyla.nets.resnet import Encoder, EncoderSpec, initialise
 from phyla.randomness import generator
 from phyla.storage import fingerprint
 from phyla.training.device import Device, choose_device
-from phyla.training.loop import Loop
-from phyla.training.options import faults
+from phyla.training.loop import Loop, Step
+from phyla.training.options import faults, make_optimizer
 from phyla.training.schedule import cosine, n_steps, warm_up
 from phyla.types import ImageSet
 
@@ -107,29 +107,32 @@ class SimCLR(TransformerMixin, BaseEstimator):
         device = device or choose_device("cpu")
         encoder, projection = self._build()
         net = device.place(nn.Sequential(encoder, projection)).train()
-        optimizer = torch.optim.SGD(net.parameters(), self.lr, self.momentum, weight_decay=self.weight_decay,
-                                    fused=device.device.type == "cuda")
+        optimizer = make_optimizer("sgd", net.parameters(), device, lr=self.lr, momentum=self.momentum,
+                                   weight_decay=self.weight_decay)
         key = fingerprint(asdict(self), images.fingerprint) if folder else ""
         pixels = open_pixels(images, device.device)
         order = Order(len(images), self.batch_size, self.random_state, device=device.device)
         ramp = n_steps(self.warmup, steps_per_epoch=order.steps_per_epoch, batch_size=order.rows,
                        total_steps=order.steps_per_epoch * self.n_epochs)
-        run = Loop("pretrain", order, n_epochs=self.n_epochs, state={"net": net, "optimizer": optimizer},
-                   folder=folder, seed=self.random_state, key=key)
+        encode = device.compiled(encoder)
 
-        for step in run:
-            step.set_lr(optimizer, warm_up(step.index, steps=ramp)
-                        * cosine(step.epoch, n_epochs=self.n_epochs, lr=self.lr, floor=self.lr * self.lr_floor))
-            batch = pixels.take(step.indices)
-            views = torch.cat([self.views(batch, step.generator), self.views(batch, step.generator)])
+        def advance(step: Step, batch: Tensor) -> None:
+            views = torch.cat([step.view(self.views, batch), step.view(self.views, batch)])
             with device.autocast():
-                embeddings = encoder(device.arrange(views))
-            first, second = projection(embeddings.float()).chunk(2)
+                embeddings = encode(views)
+            first, second = (step.gather(rows) for rows in projection(embeddings.float()).chunk(2))
             loss = nt_xent(first, second, temperature=self.temperature)
             if self.symmetric:
                 loss = 0.5 * (loss + nt_xent(second, first, temperature=self.temperature))
             step.backward(loss, optimizer)
             step.log(loss=loss)
+
+        run = Loop("pretrain", order, n_epochs=self.n_epochs, state={"net": net, "optimizer": optimizer},
+                   folder=folder, seed=self.random_state, key=key, device=device, pixels=pixels)
+        for step in run:
+            step.set_lr(optimizer, warm_up(step.index, steps=ramp)
+                        * cosine(step.epoch, n_epochs=self.n_epochs, lr=self.lr, floor=self.lr * self.lr_floor))
+            step.run(advance, pixels.take(step.rows))
 
         self.encoder_, self.projection_ = encoder.eval(), projection.eval()
         self.history_ = run.history

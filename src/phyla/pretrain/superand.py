@@ -37,8 +37,8 @@ from phyla.nets.resnet import Encoder, EncoderSpec, Scale, Scheme, initialise
 from phyla.randomness import generator
 from phyla.storage import fingerprint
 from phyla.training.device import Device, choose_device
-from phyla.training.loop import Loop
-from phyla.training.options import faults
+from phyla.training.loop import Loop, Step
+from phyla.training.options import faults, make_optimizer
 from phyla.training.schedule import learning_rate
 from phyla.types import Embeddings, ImageSet
 
@@ -68,13 +68,13 @@ def and_loss(logits: Float[Tensor, "rows images"], index: Int[Tensor, " batch"],
     own = index.repeat(2)
     partner = neighbor[own]
     wanted = logits.gather(1, torch.stack([own, partner.clamp(min=0)], dim=1))
-    return _attraction(logits.logsumexp(1), wanted, partner)
+    return _attraction(logits.logsumexp(1), wanted, partner).mean()
 
 
 def _attraction(log_sum: Float[Tensor, " rows"], wanted: Float[Tensor, "rows 2"], partner: Int[Tensor, " rows"]
-                ) -> Float[Tensor, ""]:
+                ) -> Float[Tensor, " rows"]:
     absent = torch.stack([torch.zeros_like(partner, dtype=torch.bool), partner < 0], dim=1)
-    return (log_sum - wanted.masked_fill(absent, -torch.inf).logsumexp(1)).mean()
+    return log_sum - wanted.masked_fill(absent, -torch.inf).logsumexp(1)
 
 
 def unification_entropy(logits: Float[Tensor, "rows images"], index: Int[Tensor, " batch"], *, mask_self: bool = True
@@ -153,13 +153,21 @@ def memory_losses(embeddings: Float[Tensor, "rows features"], bank: Float[Tensor
     temperature : of the logits, embeddings . bank / temperature
     entropy : masked: the own image left out; all: with it; none: ``unification`` is None
     """
+    attraction, unification = rows_of_losses(embeddings, bank, index, neighbor, temperature=temperature,
+                                             entropy=entropy)
+    return MemoryLosses(attraction.mean(), None if unification is None else unification.mean())
+
+
+def rows_of_losses(embeddings: Float[Tensor, "rows features"], bank: Float[Tensor, "images features"],
+                   index: Int[Tensor, " batch"], neighbor: Int[Tensor, " images"], *, temperature: float,
+                   entropy: Entropy) -> MemoryLosses:
+    """Return what ``memory_losses`` takes the means of, (2B,) each."""
     own = index.repeat(2)
     partner = neighbor[own]
     found = memory_softmax(embeddings, bank, own, temperature=temperature, entropy=entropy)
     near = bank[torch.stack([own, partner.clamp(min=0)], dim=1)]
     wanted = (embeddings[:, None] * near).sum(2) / temperature
-    return MemoryLosses(_attraction(found.log_sum, wanted, partner),
-                        None if found.entropy is None else found.entropy.mean())
+    return MemoryLosses(_attraction(found.log_sum, wanted, partner), found.entropy)
 
 
 # ── rounds ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -285,49 +293,53 @@ class SuperAND(TransformerMixin, BaseEstimator):
         encoder, projection, memory = self._build(len(images))
         net = device.place(nn.Sequential(encoder, projection)).train()
         device.place(memory)
-        optimizer = torch.optim.SGD(net.parameters(), self.lr, self.momentum, weight_decay=self.weight_decay,
-                                    nesterov=self.momentum > 0, fused=device.device.type == "cuda")
+        optimizer = make_optimizer("sgd", net.parameters(), device, lr=self.lr, momentum=self.momentum,
+                                   weight_decay=self.weight_decay, nesterov=True)
         key = fingerprint(asdict(self), images.fingerprint) if folder else ""
         pixels = open_pixels(images, device.device)
         order = Order(len(images), self.batch_size, self.random_state, device=device.device)
         kept: dict[str, object] = {"neighbor": torch.full((len(images),), -1)}
-        run = Loop("pretrain", order, n_epochs=self.n_rounds * self.n_epochs,
-                   state={"net": net, "optimizer": optimizer, "memory": memory}, memory=kept, folder=folder,
-                   seed=self.random_state, key=key)
+        encode = device.compiled(encoder)
 
-        for step in run:
-            round_, epoch = divmod(step.epoch, self.n_epochs)
-            if round_ and epoch == step.position == 0:
-                entropy = memory_entropy(memory.rows, temperature=self.temperature)
-                kept["neighbor"] = _neighbor_of_anchors(memory.rows, entropy, self.n_anchors(round_, len(images)))
-                step.record(memory_entropy=float(entropy.mean()))
-            neighbor = kept["neighbor"] = _on(device.device, kept["neighbor"])
-            weight = unification_weight(epoch, step=self.unification_step, every=self.unification_every)
-            step.set_lr(optimizer, learning_rate(epoch, lr=self.lr, drop_epoch=self.lr_drop_epoch,
-                                                 drop_every=self.lr_drop_every, decay=self.lr_decay))
-
-            batch = pixels.take(step.indices)
-            views = torch.cat([self.views(batch, step.generator), self.views(batch, step.generator)])
+        def advance(step: Step, batch: Tensor, neighbor: Tensor, entropy: Entropy, weight: float | Tensor) -> None:
+            views = torch.cat([step.view(self.views, batch), step.view(self.views, batch)])
             with device.autocast():
-                embeddings = encoder(device.arrange(views))
-            rows = projection(embeddings.float())
-            attraction, unification = memory_losses(
-                rows, memory.rows, step.indices, neighbor, temperature=self.temperature,
-                entropy="none" if not weight else "masked" if self.mask_self else "all")
+                embeddings = encode(views)
+            own = projection(embeddings.float())
+            found = rows_of_losses(own, memory.rows, step.rows, neighbor, temperature=self.temperature,
+                                   entropy=entropy)
+            attraction = step.gather_pairs(found.attraction).mean()
+            rows = step.gather_pairs(own)
             loss = attraction
             step.log(attraction=attraction)
             if self.augmentation_weight:
                 augmentation = augmentation_loss(rows, temperature=self.batch_temperature, gram=memory.gram)
                 loss = loss + self.augmentation_weight * augmentation
                 step.log(augmentation=augmentation)
-            if unification is not None:
+            if found.unification is not None:
+                unification = step.gather_pairs(found.unification).mean()
                 loss = loss + weight * unification
                 step.log(unification=unification)
             step.backward(loss, optimizer)
             step.log(loss=loss)
-
             first, second = rows.detach().chunk(2)
             memory.update(step.indices, second if self.memory_view == "second" else (first + second) / 2)
+
+        run = Loop("pretrain", order, n_epochs=self.n_rounds * self.n_epochs,
+                   state={"net": net, "optimizer": optimizer, "memory": memory}, memory=kept, folder=folder,
+                   seed=self.random_state, key=key, device=device, pixels=pixels)
+        for step in run:
+            round_, epoch = divmod(step.epoch, self.n_epochs)
+            if round_ and epoch == step.position == 0:
+                kept["neighbor"], spread = device.group.share(
+                    self._discover(memory.rows, round_) if device.group.is_first else None) or (None, 0.0)
+                step.record(memory_entropy=spread)
+            neighbor = kept["neighbor"] = _on(device.device, kept["neighbor"])
+            weight = unification_weight(epoch, step=self.unification_step, every=self.unification_every)
+            step.set_lr(optimizer, learning_rate(epoch, lr=self.lr, drop_epoch=self.lr_drop_epoch,
+                                                 drop_every=self.lr_drop_every, decay=self.lr_decay))
+            entropy = "none" if not weight else "masked" if self.mask_self else "all"
+            step.run(advance, pixels.take(step.rows), neighbor, entropy, weight)
             if step.ends_epoch:
                 memory.refresh()
                 step.record(round=round_, weight=weight, n_anchors=self.n_anchors(round_, len(images)))
@@ -342,6 +354,11 @@ class SuperAND(TransformerMixin, BaseEstimator):
         """Return the embeddings of ``images``, float32 (n_images, n_features)."""
         check_is_fitted(self)
         return embed(images, self.encoder_, self.views.plain()).values
+
+    def _discover(self, memory: Float[Tensor, "images features"], round_: int) -> tuple[Int[Tensor, " images"], float]:
+        """Return the neighbors of a round's anchors, and the mean entropy of the memory."""
+        entropy = memory_entropy(memory, temperature=self.temperature)
+        return (_neighbor_of_anchors(memory, entropy, self.n_anchors(round_, len(memory))), float(entropy.mean()))
 
     def n_anchors(self, round_: int, n_images: int) -> int:
         """Return how many of the images are anchors in a round, counted from 0: none in the first, all in the end."""

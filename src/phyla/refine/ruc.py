@@ -16,7 +16,7 @@ without a clean or an unsure image gives a zero term and not NaN, and ties of a 
 import copy
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -33,14 +33,13 @@ from phyla.errors import CollapseWarning, InputError, PhylaWarning
 from phyla.images.augment import Views
 from phyla.images.batches import Order, open_pixels
 from phyla.neighbors import find_in_bank, find_neighbors
-from phyla.nets.heads import ClusterHeads, ClusterNet
-from phyla.nets.resnet import Ensemble, ResNet, TwoStream
+from phyla.nets.heads import ClusterHeads, ClusterNet, summed
 from phyla.quality import count_votes, label_free_temperature, neighbor_agreement
 from phyla.randomness import generator
 from phyla.storage import fingerprint
 from phyla.training.device import Device, choose_device
-from phyla.training.loop import Loop, Stateful
-from phyla.training.options import faults
+from phyla.training.loop import Loop, Stateful, Step
+from phyla.training.options import faults, make_optimizer, neighbor_faults
 from phyla.training.schedule import cosine, staircase
 from phyla.types import Embeddings, ImageSet, Neighbors
 
@@ -49,6 +48,7 @@ log = logging.getLogger("phyla")
 _LEAST = {"batch_size": 2, "n_neighbors": 1, "refurbish_every": 1, "ramp_length": 1, "confidence_threshold": 0,
           "refurbish_threshold": 0, "noisy_weight": 0}
 
+Forward = Callable[[Tensor], Tensor]
 Probabilities = Float[Tensor, "batch clusters"]
 
 
@@ -64,7 +64,7 @@ def co_refine(labels: Int[Tensor, " batch"], peer: Probabilities, weight: Float[
 
     sharpen((1 - w_i) onehot(y_i) + w_i r_i, temperature), w from 0 (all label) to 1 (all peer): the peer's confidence.
     """
-    one_hot = nn.functional.one_hot(labels, peer.shape[1]).to(peer.dtype)
+    one_hot = torch.zeros_like(peer).scatter_(1, labels[:, None], 1.0)  # torch's own looks at the labels on a CPU
     return sharpen((1 - weight)[:, None] * one_hot + weight[:, None] * peer, temperature=temperature)
 
 
@@ -83,7 +83,7 @@ def mixed_losses(clean_logits: Float[Tensor, "clean clusters"], clean_targets: F
 
 
 def masked_losses(logits: Probabilities, targets: Probabilities, clean: Bool[Tensor, " batch"], *,
-                  noisy_weight: float) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+                  noisy_weight: float | Tensor) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """Return the two losses of mixed rows, the ``clean`` ones and the others of one table.
 
     Its shapes do not depend on how many are clean, so no step waits for a GPU to count them.
@@ -175,7 +175,7 @@ class Marks(nn.Module):
                                (labels, clean, clean, unknown[0], unknown[1:]), strict=True):
             self.register_buffer(name, value.clone())
 
-    def refurbish(self, rows: Int[Tensor, " batch"], p: Probabilities, *, threshold: float) -> None:
+    def refurbish(self, rows: Int[Tensor, " batch"], p: Probabilities, *, threshold: float | Tensor) -> None:
         """Note the confidence of ``rows``, and make those clean that reach the threshold, with that label."""
         confidence, label = p.max(dim=1)
         promoted = ~self.clean[rows] & (confidence >= threshold)
@@ -187,29 +187,6 @@ class Marks(nn.Module):
         """Scale the confidences of network ``who`` to 0 to 1 over all images: its weight in its peer's targets."""
         low, high = self.confidence.aminmax()
         self.weight[who] = (self.confidence - low) / (high - low).clamp(min=torch.finfo(low.dtype).tiny)
-
-
-class _Beside(nn.Module):
-    """Encoders that are none of ours: their embeddings stand in a row."""
-
-    def __init__(self, members: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.members = nn.ModuleList(members)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([member(x) for member in self.members], dim=1)
-
-
-def summed(nets: Sequence[ClusterNet]) -> ClusterNet:
-    """Return one network with one head whose logits are the sum of those of ``nets``; it shares their encoders."""
-    first = nets[0].heads.weight
-    heads = ClusterHeads(sum(net.heads.weight.shape[2] for net in nets), first.shape[1]).to(first)
-    heads.weight.data = torch.cat([net.heads.weight.data for net in nets], dim=2)
-    heads.bias.data = torch.stack([net.heads.bias.data for net in nets]).sum(dim=0)
-    encoders = [net.encoder for net in nets]
-    members = [one for encoder in encoders for one in (encoder.members if isinstance(encoder, Ensemble) else [encoder])]
-    ours = [one for one in members if isinstance(one, ResNet | TwoStream)]
-    return ClusterNet(Ensemble(ours) if len(ours) == len(members) else _Beside(encoders), heads)
 
 
 @dataclass(eq=False, repr=False)
@@ -288,14 +265,15 @@ class RUC(ClusterMixin, BaseEstimator):
         for fault in self._faults(images, net, embeddings, neighbors, watched):
             raise fault
         device = device or choose_device("cpu")
+        self._check(device)
         used = embeddings.fingerprint if embeddings is not None and self.split != "confidence" else None
         key = fingerprint(asdict(self), images.fingerprint, weights_fingerprint(net), used) if folder else ""
         self.notices_: list[str] = []
         before = copy.deepcopy(net)
         marks = self._divide(before, images, embeddings, device)
         nets = [self._fresh(before, member, device) for member in range(2)]
-        optimizers = [torch.optim.SGD(each.parameters(), self.lr, self.momentum, weight_decay=self.weight_decay,
-                                      nesterov=self.momentum > 0) for each in nets]
+        optimizers = [make_optimizer("sgd", each.parameters(), device, lr=self.lr, momentum=self.momentum,
+                                     weight_decay=self.weight_decay, nesterov=True) for each in nets]
         weak, pixels = replace(self.views, kind="ruc_weak"), open_pixels(images, device.device)
         recipes = (self.views.plain(), weak, weak, self.views)
         lone = len(images) % min(self.batch_size, len(images)) == 1  # BatchNorm has nothing to say of one image
@@ -303,35 +281,47 @@ class RUC(ClusterMixin, BaseEstimator):
         state: dict[str, Stateful] = {"marks": marks, "net 0": nets[0], "net 1": nets[1],
                                       "optimizer 0": optimizers[0], "optimizer 1": optimizers[1]}
         counts: dict[str, Any] = {"clean": int(marks.clean.sum())}
-        run = Loop("robust", order, n_epochs=2 * self.n_epochs, state=state, memory=counts, folder=folder,
-                   seed=self.random_state, key=key)
+        forwards = [device.compiled(each) for each in nets]
 
-        for step in run:
-            epoch, who = divmod(step.epoch, 2)
-            own, peer = nets[who].train(), nets[1 - who].train()
-            step.set_lr(optimizers[who], cosine(epoch, n_epochs=self.n_epochs, lr=self.lr))
-            rows, batch = step.indices, pixels.take(step.indices)
-            plain, first, second, strong = (device.arrange(recipe(batch, step.generator)) for recipe in recipes)
+        def advance(step: Step, batch: Tensor, who: int, threshold: float | Tensor, noisy_weight: float | Tensor,
+                    *mixing: Any) -> None:
+            # MixUp mixes any two images of the batch, so all are drawn everywhere; a network sees this process's share.
+            plain, first, second, strong = (step.view(recipe, batch, whole=True) for recipe in recipes)
+            own, peer, rows = forwards[who], forwards[1 - who], step.indices
             clean, labels, weight = marks.clean[rows], marks.labels[rows], marks.weight[1 - who, rows]
             with torch.no_grad():
-                own_p = _probabilities(own, plain, device)
-                targets = self._targets(own, peer, (plain, first, second), clean, labels, weight, device)
-            marks.refurbish(rows, own_p, threshold=staircase(
-                epoch, start=self.refurbish_threshold, rise=self.refurbish_rise, every=self.refurbish_every))
-            share = mixing_share(self.mixup_alpha, step.generator)
-            partner = torch.randperm(2 * len(rows), generator=step.generator).to(rows.device, non_blocking=True)
+                shown = [each[step.part] for each in (plain, first, second)]
+                known = [each[step.part] for each in (clean, labels, weight)]
+                own_p = step.gather(_probabilities(own, shown[0], device))
+                targets = step.gather(self._targets(own, peer, shown, known, device))
+            marks.refurbish(rows, own_p, threshold=threshold)
+            share, partner = mixing or self._mixing(step.generator, len(rows), device)
             mixed, mixed_targets = (share * each + (1 - share) * each[partner]
                                     for each in (torch.cat([first, second]), targets.repeat(2, 1)))
+            both = device.group.part(len(mixed))
             with device.autocast():
-                strong_logits, mixed_logits = _full(own(strong)[0]), _full(own(device.arrange(mixed))[0])
-            reached = ramp(epoch + step.position / (len(images) // order.rows + 1), length=self.ramp_length)
-            clean_loss, noisy_loss = masked_losses(mixed_logits, mixed_targets, clean.repeat(2),
-                                                   noisy_weight=self.noisy_weight * reached)
-            strong_loss = smoothed_cross_entropy(strong_logits, labels, smoothing=self.smoothing, rows=clean)
+                strong_logits, mixed_logits = own(strong[step.part])[0], own(device.arrange(mixed[both]))[0]
+            clean_loss, noisy_loss = masked_losses(device.group.gather(_full(mixed_logits), len(mixed)), mixed_targets,
+                                                   clean.repeat(2), noisy_weight=noisy_weight)
+            strong_loss = smoothed_cross_entropy(step.gather(_full(strong_logits)), labels, smoothing=self.smoothing,
+                                                 rows=clean)
             loss = clean_loss + noisy_loss + strong_loss
             step.backward(loss, optimizers[who])
             step.log(loss=loss, clean_loss=clean_loss, noisy_loss=noisy_loss, strong_loss=strong_loss,
                      confidence=own_p.amax(dim=1).mean())
+
+        run = Loop("robust", order, n_epochs=2 * self.n_epochs, state=state, memory=counts, folder=folder,
+                   seed=self.random_state, key=key, device=device, pixels=pixels, wants=lambda step: step.indices)
+        for step in run:
+            epoch, who = divmod(step.epoch, 2)
+            step.set_lr(optimizers[who], cosine(epoch, n_epochs=self.n_epochs, lr=self.lr))
+            # What the host draws cannot be part of a recorded step; else it comes after the views, as it always did.
+            mixing = () if device.engine == "eager" else self._mixing(
+                generator(self.random_state, "mixup", step.index), len(step.indices), device)
+            threshold = staircase(epoch, start=self.refurbish_threshold, rise=self.refurbish_rise,
+                                  every=self.refurbish_every)
+            reached = ramp(epoch + step.position / (len(images) // order.rows + 1), length=self.ramp_length)
+            step.run(advance, pixels.take(step.indices), who, threshold, self.noisy_weight * reached, *mixing)
             if step.ends_epoch:
                 marks.end_pass(who)
                 n_before, n_clean = counts["clean"], int(marks.clean.sum())
@@ -382,10 +372,12 @@ class RUC(ClusterMixin, BaseEstimator):
                              "embed these images")
         if self.temperature == "label_free" and (embeddings, neighbors, watched) == (None, None, None):
             yield InputError("temperature='label_free' needs neighbors", "pass embeddings=... or neighbors=...")
-        for shown, near in [(images, neighbors), *([watched] if watched else [])]:
-            if near is not None and near.indices.shape != (len(shown), max(1, near.n_neighbors)):
-                yield InputError(f"the neighbors belong to another set: {len(near)} rows, {len(shown)} images",
-                                 "find them again for these images")
+        yield from neighbor_faults((images, neighbors), watched)
+
+    def _check(self, device: Device) -> None:
+        if self.forwards == "cheap" and (device.group.size > 1 or device.engine != "eager"):
+            raise InputError("forwards='cheap' picks rows by what they hold, which neither a recorded step nor several "
+                             "processes can", "set forwards=faithful, or leave out --devices and --engine")
 
     def _divide(self, net: ClusterNet, images: ImageSet, embeddings: Embeddings | None, device: Device) -> Marks:
         """Return the labels of ``net``, and which of them are trusted."""
@@ -417,11 +409,18 @@ class RUC(ClusterMixin, BaseEstimator):
         width = net.projection.n_features if net.projection is not None else net.heads.weight.shape[2]
         heads = ClusterHeads(width, net.heads.n_clusters)
         heads.initialise(generator(self.random_state, "ruc heads", member))
-        return device.place(ClusterNet(copy.deepcopy(net.encoder), heads.to(net.heads.weight))).requires_grad_(True)
+        fresh = ClusterNet(copy.deepcopy(net.encoder), heads.to(net.heads.weight))
+        return device.place(fresh).requires_grad_(True).train()
 
-    def _targets(self, own: ClusterNet, peer: ClusterNet, views: tuple[Tensor, Tensor, Tensor], clean: Tensor,
-                 labels: Tensor, weight: Tensor, device: Device) -> Tensor:
+    def _mixing(self, source: torch.Generator, n_images: int, device: Device) -> tuple[float, Int[Tensor, " rows"]]:
+        """Return MixUp's share, and with which of the two views of all images each of them is mixed."""
+        share = mixing_share(self.mixup_alpha, source)
+        return share, torch.randperm(2 * n_images, generator=source).to(device.device, non_blocking=True)
+
+    def _targets(self, own: Forward, peer: Forward, views: Sequence[Tensor], known: Sequence[Tensor], device: Device
+                 ) -> Tensor:
         """Return the target of every image: its refined label where that is clean, else what the networks guess."""
+        clean, labels, weight = known
         sure, unsure = (_chosen(rows, all_rows=self.forwards == "faithful") for rows in (clean, ~clean))
         plain, *weak = views
         refined = co_refine(labels[sure], _probabilities(peer, plain[sure], device), weight[sure],
@@ -477,9 +476,7 @@ class RUC(ClusterMixin, BaseEstimator):
         log.info("robust: %s", notice)
 
 
-def _probabilities(net: ClusterNet, views: Tensor, device: Device) -> Tensor:
-    if not len(views):
-        return torch.zeros(0, net.heads.n_clusters, dtype=_full(net.heads.bias).dtype, device=views.device)
+def _probabilities(net: Forward, views: Tensor, device: Device) -> Tensor:
     with device.autocast():
         logits = net(device.arrange(views))[0]
     return _full(logits).softmax(dim=1)

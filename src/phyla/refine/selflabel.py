@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from sklearn.base import BaseEstimator, ClusterMixin
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
@@ -35,8 +35,8 @@ from phyla.nets.heads import ClusterNet
 from phyla.quality import neighbor_score
 from phyla.storage import fingerprint
 from phyla.training.device import Device, choose_device
-from phyla.training.loop import Loop, Stateful
-from phyla.training.options import faults, make_optimizer
+from phyla.training.loop import Loop, Stateful, Step
+from phyla.training.options import faults, make_optimizer, neighbor_faults
 from phyla.types import ImageSet, Neighbors
 
 log = logging.getLogger("phyla")
@@ -142,47 +142,48 @@ class SelfLabel(ClusterMixin, BaseEstimator):
         before, net = copy.deepcopy(net), copy.deepcopy(net)
         device.place(net).requires_grad_(True)
         teacher = copy.deepcopy(net) if self.ema != "off" else net
-        optimizer = make_optimizer(self.optimizer, net.parameters(), lr=self.lr, momentum=self.momentum,
+        optimizer = make_optimizer(self.optimizer, net.parameters(), device, lr=self.lr, momentum=self.momentum,
                                    weight_decay=self.weight_decay)
         pixels, weak = open_pixels(images, device.device), self.views.plain()
         order = Order(len(images), self.batch_size, self.random_state, device=device.device)
-        counters: dict[str, Any] = {"skipped": 0, "idle_epochs": 0, "used": 0}
+        counters: dict[str, Any] = {"counts": torch.zeros(2, dtype=torch.int64), "idle_epochs": 0}
         state: dict[str, Stateful] = {"net": net, "optimizer": optimizer}
         if teacher is not net:
             state["teacher"] = teacher
-        run = Loop("refine", order, n_epochs=self.n_epochs, state=state, memory=counters,
-                   folder=folder, seed=self.random_state, key=key)
         source = teacher if self.ema == "teacher" else net
+        weak_forward, forward = device.compiled(source), device.compiled(net)
 
-        for step in run:
+        def advance(step: Step, batch: Tensor) -> None:
             source.train(self.weak_mode == "batch")
-            batch = pixels.take(step.indices)
             with torch.no_grad(), device.autocast():  # a context of its own: a cast cached here would have no gradient
-                weak_logits = source(device.arrange(weak(batch, step.generator)))[0]
+                weak_logits = weak_forward(step.view(weak, batch))[0]
             net.train()
             with device.autocast():
-                strong_logits = net(device.arrange(self.views(batch, step.generator)))[0]
-            loss, n_confident = self_label_loss(weak_logits.float(), strong_logits.float(), threshold=self.threshold,
-                                                balanced=self.balanced)
-            n_used = int(n_confident)
-            step.log(confident=n_used / len(batch))
-            counters["used"] += n_used
-            if n_used:
-                step.backward(loss, optimizer)
-                step.log(loss=loss)
-            else:
-                run.watch(loss, step.index)  # NaN is never confident: without this look it would pass as a skipped step
-                counters["skipped"] += 1
-            self._average(net, teacher, moved=n_used > 0)
+                strong_logits = forward(step.view(self.views, batch))[0]
+            loss, n_confident = self_label_loss(step.gather(weak_logits.float()), step.gather(strong_logits.float()),
+                                                threshold=self.threshold, balanced=self.balanced)
+            moves = n_confident > 0
+            step.log(confident=n_confident / len(step.indices))
+            step.backward(loss, optimizer, only_if=moves)
+            step.log(loss=loss, only_if=moves)
+            counters["counts"].add_(torch.stack([n_confident, (~moves).long()]))
+            self._average(net, teacher, moved=moves)
+
+        run = Loop("refine", order, n_epochs=self.n_epochs, state=state, memory=counters,
+                   folder=folder, seed=self.random_state, key=key, device=device, pixels=pixels)
+        for step in run:
+            counters["counts"] = counters["counts"].to(device.device)  # a checkpoint is read to the CPU
+            step.run(advance, pixels.take(step.rows))
             if step.ends_epoch:
-                counters["idle_epochs"] = 0 if counters["used"] else counters["idle_epochs"] + 1
-                counters["used"] = 0
-                step.record(skipped_steps=counters["skipped"])
+                used, skipped = counters["counts"].tolist()
+                counters["idle_epochs"] = 0 if used else counters["idle_epochs"] + 1
+                counters["counts"][0] = 0
+                step.record(skipped_steps=skipped)
                 if counters["idle_epochs"] >= self.patience:
                     run.stop(f"no image was confident above {self.threshold} for {self.patience} epochs")
 
         after = teacher if self.ema == "teacher" else net
-        self.history_, self.skipped_steps_, self.stopped_ = run.history, counters["skipped"], run.stopped
+        self.history_, self.skipped_steps_, self.stopped_ = run.history, int(counters["counts"][1]), run.stopped
         self._conclude(before, after, images, neighbors, watched, device)
         return self
 
@@ -210,18 +211,14 @@ class SelfLabel(ClusterMixin, BaseEstimator):
         if isinstance(net.encoder, nn.Identity):
             yield InputError("self-labelling needs a network on images, this one takes embeddings",
                              "fit SCAN on images with encoder=..., and pass its net_")
-        for shown, near in [(images, neighbors), *([watched] if watched else [])]:
-            if near is not None and near.indices.shape != (len(shown), max(1, near.n_neighbors)):
-                yield InputError(f"the neighbors belong to another set: {len(near)} rows, {len(shown)} images",
-                                 "find them again for these images")
+        yield from neighbor_faults((images, neighbors), watched)
 
     @torch.no_grad()
-    def _average(self, net: ClusterNet, teacher: ClusterNet, *, moved: bool) -> None:
+    def _average(self, net: ClusterNet, teacher: ClusterNet, *, moved: Bool[Tensor, ""]) -> None:
         if self.ema == "off":
             return
-        if moved:
-            for average, value in zip(teacher.parameters(), net.parameters(), strict=True):
-                average.lerp_(value, 1 - self.ema_decay)
+        for average, value in zip(teacher.parameters(), net.parameters(), strict=True):
+            average.lerp_(value, (1 - self.ema_decay) * moved.to(average.dtype))
         if self.ema == "write_back":  # buffers too: the authors' shadow never updates its own
             net.load_state_dict(teacher.state_dict())
         elif self.weak_mode == "running":  # a teacher that only runs in evaluation mode gathers no statistics itself

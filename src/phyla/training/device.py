@@ -1,5 +1,6 @@
 """Device, precision and memory format, decided once and passed in."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar, cast
@@ -54,6 +55,10 @@ class Device:
             share_batchnorm(module, self.group, device=self.device)
         placed = module.to(self.device)
         return placed.to(memory_format=torch.channels_last) if self.channels_last else placed
+
+    def compiled(self, net: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """Return ``net`` compiled where the engine says so; its weights stay its own."""
+        return torch.compile(net) if self.engine == "compiled" else net
 
     def arrange(self, views: Tensor) -> Tensor:
         """Return (B, 3, H, W) views in the memory format that the placed modules expect."""

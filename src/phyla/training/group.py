@@ -87,7 +87,7 @@ class Group:
         if self.size > 1:
             _told(dist.barrier)
 
-    def add_gradients(self, parameters: Iterable[nn.Parameter], means: Iterable[Tensor] = ()) -> None:
+    def add_gradients(self, parameters: Iterable[Tensor], means: Iterable[Tensor] = ()) -> None:
         """Add up the gradients of all processes in place, and average ``means``, in one exchange.
 
         ``means`` are numbers that each process estimated from its own rows, such as BatchNorm's running statistics.

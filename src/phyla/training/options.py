@@ -1,7 +1,7 @@
 """What the options of all methods share: how a value that cannot be used is told, and the optimizer that one names."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import Field, fields
 from typing import Any, ClassVar, Literal, Protocol, get_args, get_origin, runtime_checkable
 
@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from phyla.errors import InputError, nearest
+from phyla.training.device import Device
+from phyla.types import Neighbors
 
 _IS_SHARE = ("at least 0 and below 1", lambda value: 0 <= value < 1)
 _USUAL: Mapping[str, tuple[str, Callable[[float], bool]]] = {
@@ -56,9 +58,23 @@ def faults(options: Options, *, least: Mapping[str, float] | None = None,
             yield InputError(f"{field.name}={value!r} is not allowed", nearest(str(value), list(allowed)))
 
 
-def make_optimizer(name: Literal["adam", "sgd"], parameters: Iterable[nn.Parameter], *, lr: float, momentum: float,
-                   weight_decay: float) -> torch.optim.Optimizer:
-    """Return Adam (L2 decay inside the gradient, not AdamW; it takes no ``momentum``) or SGD with momentum."""
+def neighbor_faults(*sets: tuple[Sized, Neighbors | None] | None) -> Iterator[InputError]:
+    """Yield an error for each of the neighbors that are not of the images they come with."""
+    for images, neighbors in (given for given in sets if given is not None):
+        if neighbors is not None and neighbors.indices.shape != (len(images), max(1, neighbors.n_neighbors)):
+            yield InputError(f"the neighbors belong to another set: {neighbors.n_neighbors} each of {len(neighbors)} "
+                             f"images, not of {len(images)}", "find them again for these images")
+
+
+def make_optimizer(name: Literal["adam", "sgd"], parameters: Iterable[nn.Parameter], device: Device, *, lr: float,
+                   momentum: float, weight_decay: float, nesterov: bool = False) -> torch.optim.Optimizer:
+    """Return Adam (L2 decay inside the gradient, not AdamW; it takes no ``momentum``) or SGD with momentum.
+
+    Without momentum ``nesterov`` means nothing. On a GPU, and where steps are recorded, one kernel moves everything.
+    """
+    fused = True if device.device.type == "cuda" or device.engine != "eager" else None
     if name == "adam":
-        return torch.optim.Adam(parameters, lr, weight_decay=weight_decay)
-    return torch.optim.SGD(parameters, lr, momentum, weight_decay=weight_decay)
+        recorded = device.engine != "eager" and device.device.type == "cuda"
+        return torch.optim.Adam(parameters, lr, weight_decay=weight_decay, fused=fused, capturable=recorded)
+    return torch.optim.SGD(parameters, lr, momentum, weight_decay=weight_decay, nesterov=nesterov and momentum > 0,
+                           fused=fused)
