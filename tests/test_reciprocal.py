@@ -104,15 +104,25 @@ def test_where_too_few_overlap_the_first_order_fills_up():
         assert found.indices[i][nothing].tolist() == [j for j in first.indices[i].tolist() if j not in shared]
 
 
-def test_no_row_holds_more_than_a_few_hundred_numbers_and_no_block_is_dense(monkeypatch):
-    seen = []
+def test_work_and_memory_grow_with_the_shared_entries_and_not_with_all_pairs_of_images(monkeypatch):
+    """Of 40 x as many images in neighborhoods of the same size, the blocks become 40 x as many, not 1,600 x."""
+    blocks = []
     made = reciprocal._shares
-    monkeypatch.setattr(reciprocal, "_shares", lambda rows, columns, start, stop: seen.append(
-        (rows.nnz, stop - start)) or made(rows, columns, start, stop))
-    monkeypatch.setattr(reciprocal, "_PAIRS", 50_000)
-    rerank(rows(1500, 8).astype(np.float32), 5)
-    assert seen[0][0] < 1500 * 400
-    assert max(size for _, size in seen) * 1500 <= 50_000 and sum(size for _, size in seen) == 1500
+
+    def counted(*asked):
+        shares = made(*asked)
+        blocks.append((asked[0].nnz, asked[3] - asked[2], shares.nnz))
+        return shares
+
+    monkeypatch.setattr(reciprocal, "_shares", counted)
+    monkeypatch.setattr(reciprocal, "_PAIRS", 20_000)
+    for n in (100, 4000):
+        blocks.clear()
+        groups = np.eye(n // 10).repeat(10, axis=0) if n <= 100 else rows(n // 10, 60).repeat(10, axis=0)
+        rerank((groups + 0.01 * rows(n, groups.shape[1], seed=1)).astype(np.float32), 5, k1=8, k2=3)
+        assert blocks[0][0] < n * 12, "a row has its neighborhood alone"
+        assert max(nnz for *_, nnz in blocks) <= 20_000 and sum(size for _, size, _ in blocks) == n
+        assert len(blocks) <= 1 + n * 12 * 12 // 15_000
 
 
 def test_embeddings_and_progress():

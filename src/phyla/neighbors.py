@@ -73,8 +73,9 @@ def find_neighbors(
     return Neighbors(*_search(bank, bank, n_neighbors, block=block, title=title))
 
 
-def find_for_some(values: Embeddings | np.ndarray, rows: np.ndarray, *,
-                  n_neighbors: int) -> tuple[np.ndarray, np.ndarray]:
+def find_for_some(
+    values: Embeddings | np.ndarray, rows: np.ndarray, *, n_neighbors: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Return the neighbors among all images of those images alone that ``rows``, int (n_rows,), names.
 
     As ``find_neighbors``, of which it returns some rows: indices, int64 (n_rows, n_neighbors), and similarities.

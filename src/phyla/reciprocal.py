@@ -5,8 +5,10 @@ it. Every image gets a sparse row of weights over the images whose neighbor it i
 images are as near as their rows overlap. An image that many find near, but that finds others nearer, falls back.
 
 Input ``values (n, d)``; output ``Neighbors``. Rows have at most a few hundred numbers an image, and overlaps are summed
-for a block of images at a time: nothing of size n x n is ever held.
+for a block of images at a time, only with images that share an entry: past the first search time and memory grow as n.
 """
+
+import itertools
 
 import numpy as np
 import torch
@@ -17,7 +19,7 @@ from phyla.neighbors import check_embeddings, find_neighbors
 from phyla.progress import bar
 from phyla.types import Embeddings, Neighbors
 
-_PAIRS = 1 << 21  # products of two rows, or cells of a block of overlaps, at once: 16 MB each
+_PAIRS = 1 << 21  # shared entries of two rows at once: 16 MB for each number kept of one
 _VALUES = 1 << 22  # numbers gathered at once for inner products
 
 
@@ -133,17 +135,15 @@ def _overlaps(rows: sparse.csr_matrix, first: np.ndarray) -> Neighbors:
         start = 0
         while start < n:
             begun = ends[start - 1] if start else 0
-            stop = int(np.searchsorted(ends, begun + _PAIRS, side="right"))
-            stop = max(start + 1, min(stop, start + max(1, _PAIRS // n)))
-            shares = _shares(rows, columns, start, stop)
-            found[start:stop], similar[start:stop] = _nearest(shares, first[start:stop], start)
+            stop = max(start + 1, int(np.searchsorted(ends, begun + _PAIRS, side="right")))
+            found[start:stop], similar[start:stop] = _nearest(_shares(rows, columns, start, stop), first[start:stop])
             shown.advance(stop - start)
             start = stop
     return Neighbors(found, similar)
 
 
-def _shares(rows: sparse.csr_matrix, columns: sparse.csc_matrix, start: int, stop: int) -> np.ndarray:
-    """Return the summed minima of rows ``start`` to ``stop`` with every row, float64 (stop - start, n)."""
+def _shares(rows: sparse.csr_matrix, columns: sparse.csc_matrix, start: int, stop: int) -> sparse.csr_matrix:
+    """Return the summed minima of rows ``start`` to ``stop`` with every other row, (stop - start, n), where above 0."""
     inside = slice(rows.indptr[start], rows.indptr[stop])
     column, weight = rows.indices[inside], rows.data[inside]
     row = np.repeat(np.arange(stop - start), np.diff(rows.indptr[start : stop + 1]))
@@ -152,20 +152,24 @@ def _shares(rows: sparse.csr_matrix, columns: sparse.csc_matrix, start: int, sto
     shift = columns.indptr[column] - np.concatenate([[0], np.cumsum(sizes)[:-1]])
     place = np.arange(sizes.sum()) + np.repeat(shift, sizes)
     smaller = np.minimum(np.repeat(weight, sizes), columns.data[place])
-    cell = np.repeat(row * rows.shape[0], sizes) + columns.indices[place]
-    return np.bincount(cell, weights=smaller, minlength=(stop - start) * rows.shape[0]).reshape(stop - start, -1)
+    other = columns.indices[place]
+    row = np.repeat(row, sizes)
+    apart = other != row + start
+    shares = sparse.coo_matrix((smaller[apart], (row[apart], other[apart])), shape=(stop - start, rows.shape[0]))
+    summed = sparse.csr_matrix(shares)  # which sums what falls on one place
+    summed.sort_indices()
+    return summed
 
 
-def _nearest(shares: np.ndarray, first: np.ndarray, start: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the nearest of rows that begin at image ``start``, and their similarities."""
-    own = np.arange(len(shares))
-    shares[own, own + start] = 0
-    near = (shares / (2 - shares)).astype(np.float32)  # rounded first, so that equal sums in another order stay equal
+def _nearest(shares: sparse.csr_matrix, first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the nearest of some rows, and their similarities."""
+    near = (shares.data / (2 - shares.data)).astype(np.float32)  # rounded, so that sums in another order stay equal
     found, similar = first.copy(), np.zeros(first.shape, np.float32)
-    for i, row in enumerate(near):
-        some = np.flatnonzero(row)
-        best = some[np.argsort(-row[some], kind="stable")[: first.shape[1]]]
+    for i, (begin, end) in enumerate(itertools.pairwise(shares.indptr)):
+        order = begin + np.argsort(-near[begin:end], kind="stable")[: first.shape[1]]
+        order = order[near[order] > 0]
+        best = shares.indices[order]
         if len(best) < first.shape[1]:
             found[i, len(best) :] = first[i][~np.isin(first[i], best)][: first.shape[1] - len(best)]
-        found[i, : len(best)], similar[i, : len(best)] = best, row[best]
+        found[i, : len(best)], similar[i, : len(best)] = best, near[order]
     return found, np.minimum(similar, 1)

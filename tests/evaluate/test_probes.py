@@ -102,6 +102,22 @@ def test_knn_accuracy_leaves_unknown_classes_out():
         knn_accuracy(rows, np.full(90, -1))
 
 
+def test_no_more_images_ask_than_allowed(monkeypatch):
+    """So that the work grows as the bank and not as its square; those that ask have their neighbors among all."""
+    rows, labels = blobs(300, spread=1.0)
+    asked = []
+    monkeypatch.setattr(probes, "_vote", lambda indices, *rest, was=probes._vote: (
+        asked.append(len(indices)), was(indices, *rest))[1])
+    whole = find_neighbors(rows, 5)
+    some = np.linspace(0, 299, 40).astype(int)
+    voted = probes._vote(whole.indices, whole.similarities, labels, 0.1) == labels
+    assert knn_accuracy(rows, labels, n_neighbors=5, n_queries=40) == voted[some].mean()
+    assert knn_accuracy(rows, labels, n_neighbors=5) == voted.mean()
+    second = knn_accuracy(rows, labels, queries=rows[some], queries_true=labels[some], n_neighbors=5)
+    assert knn_accuracy(rows, labels, queries=rows, queries_true=labels, n_neighbors=5, n_queries=40) == second
+    assert asked == [300, 40, 300, 40, 40]
+
+
 def test_half_a_second_split_is_refused():
     rows, labels = blobs()
     with pytest.raises(InputError, match="give both or neither"):

@@ -14,8 +14,11 @@ from sklearn.preprocessing import StandardScaler
 
 from phyla.errors import InputError, PhylaWarning
 from phyla.evaluate.matching import whole_numbers
-from phyla.neighbors import check_embeddings, find_in_bank, find_neighbors
+from phyla.neighbors import check_embeddings, find_for_some, find_in_bank
 from phyla.types import Embeddings, Neighbors
+
+N_QUERIES = 50_000
+"""Images that ask in a kNN probe at most: every test set of the field is as large or smaller."""
 
 _VOTES = 1 << 22  # class scores, or neighbors, held at once
 _TEST_SHARE = 0.2  # of each class, where a probe splits the images itself
@@ -63,6 +66,7 @@ def knn_accuracy(
     queries_true: np.ndarray | None = None,
     n_neighbors: int = 100,
     temperature: float = 0.1,
+    n_queries: int = N_QUERIES,
 ) -> float:
     """Return the share of queries whose class a weighted vote of their neighbors in the bank names, 0 to 1.
 
@@ -72,17 +76,21 @@ def knn_accuracy(
     queries, queries_true : of another split; None lets every image of the bank ask all the others (leave one out)
     n_neighbors : all there are if there are fewer
     temperature : as for ``weighted_knn``
+    n_queries : that ask at most, spread evenly: the work then grows as the bank does, not as its square
     """
     rows, labels = _known(bank, bank_true)
     if queries is None or queries_true is None:
         _both_or_none(queries, queries_true)
         if len(rows) < 2:
             raise InputError(f"leaving one out needs at least 2 images of known class, got {len(rows)}")
-        neighbors = find_neighbors(rows, min(n_neighbors, len(rows) - 1))
-        return float(np.mean(_vote(neighbors.indices, neighbors.similarities, labels, temperature) == labels))
+        some = _spread(len(rows), n_queries)
+        found = find_for_some(rows, some, n_neighbors=min(n_neighbors, len(rows) - 1))
+        return float(np.mean(_vote(*found, labels, temperature) == labels[some]))
     asking, true = _known(queries, queries_true)
-    predicted = weighted_knn(rows, labels, asking, n_neighbors=min(n_neighbors, len(rows)), temperature=temperature)
-    return float(np.mean(predicted == true))
+    some = _spread(len(asking), n_queries)
+    predicted = weighted_knn(rows, labels, asking[some], n_neighbors=min(n_neighbors, len(rows)),
+                             temperature=temperature)
+    return float(np.mean(predicted == true[some]))
 
 
 def linear_accuracy(
@@ -188,6 +196,10 @@ def _known(embeddings: Embeddings | np.ndarray, true: np.ndarray) -> tuple[np.nd
 def _both_or_none(embeddings: object, true: object) -> None:
     if (embeddings is None) != (true is None):
         raise InputError("a second split needs embeddings and true classes, got one of them", "give both or neither")
+
+
+def _spread(n: int, at_most: int) -> np.ndarray:
+    return np.arange(n) if n <= at_most else np.linspace(0, n - 1, at_most).astype(np.int64)
 
 
 def _held_out(labels: np.ndarray, random_state: int) -> np.ndarray:
