@@ -520,3 +520,14 @@ def test_of_several_processes_one_tells_an_error(monkeypatch, capsys, error, ran
     if launched:
         monkeypatch.setenv("PHYLA_LAUNCHED", "1")
     assert (_guarded(command, PhylaError), capsys.readouterr().err) == told
+
+
+def test_fast_is_an_option_of_every_verb_of_the_chain(tmp_path):
+    command = ["pretrain", "nnm-digits", "--limit", N_DIGITS, *FEW, "--fast", "--out", tmp_path / "run", "-q"]
+    assert call(*command).code == 0
+    options = json.loads((tmp_path / "run" / "options.json").read_text())["options"]
+    assert options["cluster"]["forwards"] == "fused"
+
+
+FEW = [part for key in ("pretrain.encoder.width", "pretrain.n_epochs", "pretrain.batch_size")
+       for part in ("--set", f"{key}={SMALL[key]}")]

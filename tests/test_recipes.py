@@ -11,7 +11,7 @@ from phyla.errors import DataNotFoundError, InputError
 from phyla.images.augment import STRONG
 from phyla.images.catalog import DATASETS, split_parts
 from phyla.nets.resnet import EncoderSpec
-from phyla.overrides import change, from_file, from_options, with_checkpoint, with_seed, with_size
+from phyla.overrides import change, from_file, from_options, with_checkpoint, with_fast, with_seed, with_size
 from phyla.pipeline import Data, Pipeline
 from phyla.pretrain.simclr import SimCLR
 from phyla.recipes import RECIPES, recipe
@@ -281,6 +281,16 @@ def test_a_seed_goes_to_every_stage_that_draws():
     assert recipe("scan-digits").cluster.random_state == 0
     held = with_seed(recipe("scan-imagenet1000"), 3)  # a published encoder draws nothing, and nothing refines
     assert held.cluster.random_state == 3 and asdict(held.pretrain) == asdict(recipe("scan-imagenet1000").pretrain)
+
+
+def test_fast_options_go_to_the_methods_that_have_them():
+    pipeline = with_fast(recipe("ruc-scan-cifar10"))
+    assert (pipeline.cluster.forwards, pipeline.robust.forwards) == ("fused", "cheap")
+    assert with_fast(recipe("nnm-digits")).cluster.forwards == "fused"
+    shared = with_fast(recipe("ruc-scan-cifar10"), alone=False)
+    assert (shared.cluster.forwards, shared.robust.forwards) == ("fused", "faithful"), "processes see whole batches"
+    for name in ("superand-digits", "scan-imagenet1000"):
+        assert with_fast(recipe(name)).options() | {"cluster": 0} == recipe(name).options() | {"cluster": 0}
 
 
 def test_another_size_goes_to_images_and_views():

@@ -60,6 +60,8 @@ EngineName = Annotated[str, typer.Option("--engine", help="auto, eager, graph (C
                                          "replayed), compiled (besides, the network is compiled)")]
 BatchNorm = Annotated[str, typer.Option("--batchnorm", metavar="synced|local", help="with several processes: "
                                         "statistics of the whole batch, or of each process's part of it")]
+Fast = Annotated[bool, typer.Option("--fast", help="one pass through the network where the published code takes two, "
+                                    "none where it uses nothing of it")]
 Strict = Annotated[bool, typer.Option("--strict", help="stop at the first unreadable image instead of skipping it")]
 Offline = Annotated[bool, typer.Option("--offline", help="never download anything")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress, warnings and errors alone")]
@@ -73,8 +75,8 @@ def _verb(name: str, until: str, text: str) -> None:
              seed: Seed = None, limit: Limit = None, size: Size = None, encoder: Encoder = None, option: Set = None,
              data: DataDir = None, labels: Labels = None, device: DeviceName = "auto",
              precision: Precision = "auto", devices: Devices = None, engine: EngineName = "auto",
-             batchnorm: BatchNorm = "synced", strict: Strict = False, offline: Offline = False, quiet: Quiet = False,
-             as_json: AsJson = False) -> None:
+             batchnorm: BatchNorm = "synced", fast: Fast = False, strict: Strict = False, offline: Offline = False,
+             quiet: Quiet = False, as_json: AsJson = False) -> None:
         from phyla.display import showing
 
         _launched(devices)
@@ -86,7 +88,7 @@ def _verb(name: str, until: str, text: str) -> None:
             chosen = launch.joined(device, precision, engine=engine, batchnorm=batchnorm)
             asked = on_all(chosen.group, lambda: _resolve(
                 what, out, folder_recipe=recipe, classes=classes, seed=seed, limit=limit, size=size, encoder=encoder,
-                changes=option or []))
+                fast=fast, alone=chosen.group.size == 1 and chosen.engine == "eager", changes=option or []))
             runner = Runner(asked.pipeline, asked.folder, device=chosen, data_dir=data,
                             labels=asked.labels if labels is None else labels, strict=strict, download=not offline,
                             command=["phyla", *sys.argv[1:]])
@@ -249,9 +251,10 @@ class Asked(NamedTuple):
 
 
 def _resolve(what: str, out: Path | None, *, folder_recipe: str | None, classes: int | None, seed: int | None,
-             limit: int | None, size: int | None, encoder: Path | None, changes: Sequence[str]) -> Asked:
+             limit: int | None, size: int | None, encoder: Path | None, fast: bool, alone: bool,
+             changes: Sequence[str]) -> Asked:
     from phyla.errors import InputError
-    from phyla.overrides import change, from_file, with_checkpoint, with_seed, with_size
+    from phyla.overrides import change, from_file, with_checkpoint, with_fast, with_seed, with_size
     from phyla.recipes import RECIPES, recipe
     from phyla.recorded import recorded_labels, recorded_pipeline
 
@@ -282,6 +285,8 @@ def _resolve(what: str, out: Path | None, *, folder_recipe: str | None, classes:
         pipeline = change(pipeline, "data.limit", limit)
     if seed is not None:
         pipeline = with_seed(pipeline, seed)
+    if fast:
+        pipeline = with_fast(pipeline, alone=alone)
     for key, value in pairs:
         pipeline = change(pipeline, key, value)
     name = pipeline.name
