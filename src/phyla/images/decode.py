@@ -50,7 +50,7 @@ def read_image(path: Path | str, size: int | None = None) -> np.ndarray:
         The file cannot be read, is not an image, is cut off, or has more than MAX_PIXELS pixels; the reason is named.
     """
     try:
-        with Path(path).open("rb") as file, _opened(file) as image:
+        with open(path, "rb") as file, _opened(file) as image:  # noqa: PTH123  # a Path costs a tenth of a small image
             return _pixels(image, size)
     except Exception as error:  # decoders raise SyntaxError, struct.error, OverflowError and more on damaged files
         raise CorruptFileError(f"{str(path)!r} {_reason(error)}") from error
@@ -106,7 +106,7 @@ def _opened(file: BufferedReader) -> ImageFile:
 def _pixels(image: ImageFile, size: int | None) -> np.ndarray:
     width, height = image.size
     is_jpeg = image.format == "JPEG"
-    if is_jpeg and size is not None:
+    if is_jpeg and size is not None and min(width, height) >= 4 * size:  # else it would do nothing, slowly
         image.draft(None, (2 * size, 2 * size))  # twice what is wanted keeps the resize in charge of the quality
     if image.width * image.height > MAX_PIXELS or width * height > (MAX_JPEG_PIXELS if is_jpeg else MAX_PIXELS):
         raise _NotAnImageError(f"has {width} x {height} pixels, more than the {MAX_PIXELS:,} that are decoded")
@@ -122,6 +122,8 @@ def _orientation(image: ImageFile) -> int:
     # After load(): Pillow turns TIFF itself and then forgets the tag.
     if image.format not in ("JPEG", "PNG", "WEBP", "TIFF"):
         return 1
+    if image.format == "JPEG" and "exif" not in image.info and "xmp" not in image.info:
+        return 1  # asking Pillow takes as long as a small image's header
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # a broken EXIF block is no reason to lose the picture
