@@ -381,6 +381,19 @@ def test_epochs_are_chosen_on_the_held_out_or_the_training_images(tmp_path):
 # ── labels never steer ────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def test_where_pixels_are_kept_changes_no_result_and_no_key(tmp_path):
+    photos = pictures(tmp_path / "photos", 12)
+    (photos / "a" / "bad.jpg").write_bytes(b"")
+    made = []
+    for keep in ("file", "off"):
+        pipeline = small("scan-folder", data__source=str(photos), data__limit="none", data__cache=keep,
+                         cluster__n_clusters="3", **TINY_PICTURES)
+        result = Runner(pipeline, tmp_path / keep, labels=None).go("embed")
+        made.append({name: data for name, data in stage_files(result.path).items() if "stages/images" not in name})
+        assert bool(list(tmp_path.glob(f"{keep}/stages/images/*.npy"))) == (keep == "file")
+    assert len(made[0]) > 3 and made[0] == made[1]
+
+
 def test_labels_change_the_scores_and_nothing_else(tmp_path):
     photos = pictures(tmp_path / "photos", 12)
     wrong = tmp_path / "wrong.csv"

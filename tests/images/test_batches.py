@@ -289,3 +289,22 @@ def test_a_set_never_fills_more_than_half_of_a_gpu(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * 7 * 60, 1 << 40))
     monkeypatch.setattr("phyla.images.batches.Resident", lambda images, device: SimpleNamespace(device=device))
     assert open_pixels(images, gpu).device == gpu
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_batches_come_to_a_gpu_through_pinned_memory(tmp_path: Path) -> None:
+    gpu, large = torch.device("cuda"), np.random.default_rng(0).integers(0, 256, (600, 64, 64, 3), dtype=np.uint8)
+    store = Streaming(image_set(read_only_map(large, tmp_path)), gpu)
+    order = torch.randperm(600)
+    parts = list(order.split(50))
+    for host in (False, True):
+        wanted = [part if host else part.to(gpu) for part in parts]
+        found = []
+        store.expect(wanted[0])
+        for this, following in zip(wanted, [*wanted[1:], None], strict=True):
+            if following is not None:
+                store.expect(following)
+            found.append(store.take(this))
+        assert all(batch.is_cuda for batch in found)
+        np.testing.assert_array_equal(torch.cat(found).cpu().numpy(), large[order.numpy()])
