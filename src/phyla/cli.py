@@ -83,7 +83,6 @@ def _verb(name: str, until: str, text: str) -> None:
         with showing(quiet=quiet, silent=launch.rank() > 0):
             from phyla.runner import Runner
             from phyla.training.agreement import on_all
-            from phyla.training.group import leave
 
             chosen = launch.joined(device, precision, engine=engine, batchnorm=batchnorm)
             asked = on_all(chosen.group, lambda: _resolve(
@@ -93,7 +92,6 @@ def _verb(name: str, until: str, text: str) -> None:
                             labels=asked.labels if labels is None else labels, strict=strict, download=not offline,
                             command=["phyla", *sys.argv[1:]])
             result = runner.go(until)  # type: ignore[arg-type]
-            leave(chosen.group)
         if launch.rank() == 0:
             _show(result, as_json=as_json, quiet=quiet, whole=until == "report")
 

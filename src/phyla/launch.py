@@ -6,6 +6,7 @@ only the message of one that failed is shown. When one ends with an error or is 
 made so far lies in the run folder, and the same command goes on.
 """
 
+import atexit
 import os
 import signal
 import socket
@@ -14,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,6 +25,7 @@ from phyla.errors import InputError, LostProcessError
 
 if TYPE_CHECKING:
     from phyla.training.device import Device
+    from phyla.training.group import Group
 
 LAUNCHED, SCRATCH = "PHYLA_LAUNCHED", "PHYLA_SCRATCH"
 LOST = 3
@@ -96,14 +98,26 @@ def joined(name: str = "auto", precision: str = "auto", *, engine: str = "auto",
     if device.type not in ("cuda", "cpu") or device.index is not None:
         raise InputError(f"{size()} processes cannot share the device {device}", "use --device cuda or --device cpu")
     if device.type == "cpu":
-        return replace(chosen, group=join("gloo"))
+        return replace(chosen, group=_left_at_exit(join("gloo")))
     here, found = _number("LOCAL_WORLD_SIZE", size()), torch.cuda.device_count()
     if max(here, local + 1) > found:
         raise InputError(f"{here} processes need a GPU each, and {found} CUDA devices were found",
                          f"use --devices {found}, or --device cpu")
     device = torch.device("cuda", local)
     torch.cuda.set_device(device)
-    return replace(chosen, device=device, group=join("nccl", device=device))
+    return replace(chosen, device=device, group=_left_at_exit(join("nccl", device=device)))
+
+
+def _left_at_exit(group: "Group") -> "Group":
+    """Return ``group``; it is left however Python ends, since a thread of it that still runs then is an abort."""
+    from phyla.training.group import leave
+
+    def end() -> None:
+        with suppress(RuntimeError):  # of a connection that is broken already
+            leave(group)
+
+    atexit.register(end)
+    return group
 
 
 def follow_starter() -> None:
