@@ -18,7 +18,7 @@ from phyla.embed import forward_all
 from phyla.errors import CorruptFileError, InputError
 from phyla.images.augment import Views
 from phyla.images.sources import open_images
-from phyla.labelling import label_files, share_from
+from phyla.labelling import Share, label_files, share_from
 from phyla.nets.heads import ClusterHeads, ClusterNet
 from phyla.nets.resnet import EncoderSpec
 from phyla.prediction import predict_table
@@ -261,13 +261,13 @@ def test_a_share_needs_a_file(classifier, photos, tmp_path):
     assert "shards need a file to become" in error
 
 
-def _labelled(group: Group, run: str, photos: str, out: str) -> dict[str, object]:
+def _labelled(group: Group, run: str, photos: str, out: str, share: Share | None = None) -> dict[str, object]:
     labelling.SHARD, labelling.CHUNK = 8, 4
     from pathlib import Path
 
     device = Device(torch.device("cpu"), group=group, channels_last=True)
     return label_files(Classifier.load(run), Path(photos), Path(out) / "t.csv", embeddings=Path(out) / "e.npy",
-                       device=device)
+                       device=device, share=share)
 
 
 def test_processes_share_the_shards(classifier, photos, tmp_path, processes):
@@ -278,3 +278,12 @@ def test_processes_share_the_shards(classifier, photos, tmp_path, processes):
     told = processes.run(_labelled, str(tmp_path / "run"), str(photos), str(tmp_path / "group"))
     assert [found["labelled"] for found in told] == [N - 2, None]
     assert files_of(tmp_path / "group") == files_of(tmp_path / "whole")
+
+
+def test_a_machine_of_several_processes_shares_its_share(classifier, photos, tmp_path, processes):
+    expected = undisturbed(classifier, photos, tmp_path / "whole")
+    out = tmp_path / "shared"
+    told = processes.run(_labelled, str(tmp_path / "run"), str(photos), str(out), (0, 2))
+    assert [each["labelled"] for each in told] == [None, None]
+    label_files(classifier, photos, out / "t.csv", embeddings=out / "e.npy", share=(1, 2))  # of one process
+    assert files_of(out) == expected

@@ -134,8 +134,8 @@ def predict(run: Annotated[Path, typer.Argument(metavar="RUN", help="the folder 
                                                             "each image", show_default=False)] = None,
             shard: Annotated[str | None, typer.Option(metavar="I/N", help="do the I-th of N parts of the work; the "
                                                       "last to end writes the file", show_default=False)] = None,
-            device: DeviceName = "auto", precision: Precision = "auto", strict: Strict = False, quiet: Quiet = False,
-            as_json: AsJson = False) -> None:
+            device: DeviceName = "auto", precision: Precision = "auto", devices: Devices = None, strict: Strict = False,
+            quiet: Quiet = False, as_json: AsJson = False) -> None:
     """Label new images with a run's classifier.
 
     Gives a table: id, cluster, confidence, and the next two clusters with their probabilities. Give the same command
@@ -143,15 +143,17 @@ def predict(run: Annotated[Path, typer.Argument(metavar="RUN", help="the folder 
     """
     from phyla.display import showing
 
-    with showing(quiet=quiet):
+    _launched(devices)
+    with showing(quiet=quiet, silent=launch.rank() > 0):
         from phyla.classifier import Classifier
         from phyla.labelling import share_from
         from phyla.prediction import predict_table
-        from phyla.training.device import choose_device
 
-        chosen, share = choose_device(device, precision), share_from(shard) if shard else None
+        chosen, share = launch.joined(device, precision), share_from(shard) if shard else None
         outcome = predict_table(Classifier.load(run), images, out, embeddings=embeddings, device=chosen, strict=strict,
                                 as_json=as_json, share=share)
+    if launch.rank() > 0:
+        return
     if as_json and (out or embeddings):
         print(json.dumps(outcome))
     elif not quiet and outcome["labelled"] is not None and (out or embeddings):

@@ -23,6 +23,7 @@ from phyla.progress import Bar, bar
 from phyla.shards import SHARD, Shards, work_folder
 from phyla.storage import atomic, claimed
 from phyla.tables import N_TOP, Ranked, table_suffix, write_assignments
+from phyla.training.agreement import by_first
 from phyla.training.device import Device
 
 log = logging.getLogger("phyla")
@@ -49,8 +50,8 @@ def label_files(classifier: Classifier, images: Path, out: Path | None, *, embed
     out : a .csv, .tsv or .parquet file: the table of labels
     embeddings : a .npy file: float32 (n, d), what the head sees, in the order of the table; their ids are in
         NAME.ids.json beside it
-    share : (i, n): make only the shards of worker i of n, from 0, and join them if they are the last; None: all, shared
-        by the processes of ``device.group``
+    device : the processes of its group deal the shards out among themselves, and the first one joins them
+    share : (i, n): make only the shards of worker i of n, from 0, and join them if they are the last; None: all
 
     Raises
     ------
@@ -62,10 +63,9 @@ def label_files(classifier: Classifier, images: Path, out: Path | None, *, embed
     files = FileList(walk(images))
     shards = _shards(classifier, files, target, device, with_embeddings=embeddings is not None)
     group = device.group
-    if group.is_first:
-        shards.begin(shared=share is not None)
-    group.wait()
-    made = _fill(shards, classifier, files, share or (group.rank, group.size), device.alone, strict=strict,
+    by_first(group, lambda: shards.begin(shared=share is not None))
+    first, n = share or (0, 1)
+    made = _fill(shards, classifier, files, (first + n * group.rank, n * group.size), device.alone, strict=strict,
                  embeddings=embeddings is not None)
     group.wait()
     told: dict[str, object] = {"labelled": None, "skipped": None, "out": str(out) if out else None}

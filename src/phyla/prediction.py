@@ -53,7 +53,7 @@ def predict_table(classifier: Classifier, images: Path, out: Path | None, *, emb
     """
     if out is not None or embeddings is not None:
         return label_files(classifier, images, out, embeddings=embeddings, device=device, strict=strict, share=share)
-    if share is not None:
+    if share is not None or (device is not None and device.group.size > 1):
         raise InputError("shards need a file to become", "give --out or --embeddings")
     skipped = 0
     files = FileList(walk(images))  # before the first line is written
