@@ -24,7 +24,7 @@ class OnTape:
     has_run = True
     made = 0
 
-    def __init__(self, body: Callable[[], None], generator: torch.Generator, stream: None) -> None:
+    def __init__(self, body: Callable[[], None], generator: torch.Generator, stream: None, pool: None) -> None:
         type(self).made += 1
         with Tape() as self.tape:
             body()

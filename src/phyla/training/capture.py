@@ -38,10 +38,11 @@ class CudaGraph:
     has_run = False
 
     def __init__(self, body: Callable[[], None], generator: torch.Generator,
-                 stream: torch.cuda.Stream | None) -> None:
+                 stream: torch.cuda.Stream | None, pool: Any) -> None:
         self.graph = torch.cuda.CUDAGraph()
         self.graph.register_generator_state(generator)
-        with torch.cuda.graph(self.graph, stream=stream):
+        # Other threads, which read ahead or watch over processes, may go on calling CUDA meanwhile.
+        with torch.cuda.graph(self.graph, pool, stream, capture_error_mode="thread_local"):
             body()
 
     def replay(self) -> None:
@@ -64,6 +65,8 @@ class Recorder:
         self.generator, self.device, self.record = generator, device, record
         is_cuda = device.type == "cuda"
         self.stream = torch.cuda.Stream(device) if is_cuda else None  # type: ignore[no-untyped-call]
+        # One pool of memory for all recordings: they run one at a time, and none needs what another left there.
+        self.pool = torch.cuda.graph_pool_handle() if is_cuda else None
         self.recordings: dict[object, Recording] = {}
         self.warm: dict[object, int] = {}
         self.places: dict[object, Tensor] = {}
@@ -92,7 +95,7 @@ class Recorder:
             self._as_it_is(lambda: body(step, *fixed))
             return
         try:
-            recording = self.record(lambda: body(step, *fixed), self.generator, self.stream)
+            recording = self.record(lambda: body(step, *fixed), self.generator, self.stream, self.pool)
         except RuntimeError as error:
             self.is_off = True
             log.warning("steps run kernel by kernel: they cannot be recorded (%s)", str(error).splitlines()[0][:200])

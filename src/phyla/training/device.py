@@ -1,7 +1,7 @@
 """Device, precision and memory format, decided once and passed in."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar, cast
 
@@ -48,6 +48,16 @@ class Device:
         if self.precision == "bf16":
             return torch.autocast(self.device.type, dtype=torch.bfloat16)
         return nullcontext()
+
+    @contextmanager
+    def tuned(self) -> Iterator[None]:
+        """Let a network train in this block: cuDNN tries its kernels once for each shape and keeps the best."""
+        before = torch.backends.cudnn.benchmark
+        torch.backends.cudnn.benchmark = before or self.device.type == "cuda"
+        try:
+            yield
+        finally:
+            torch.backends.cudnn.benchmark = before
 
     def place(self, module: ModuleT) -> ModuleT:
         """Return ``module`` on the device, in its memory format, BatchNorm shared by the group where it is synced."""

@@ -178,8 +178,8 @@ class Step:
             held = group["lr"]
             if self._loop.recorder is None:
                 group["lr"] = lr
-            elif isinstance(held, Tensor) and held.device == self._loop.device.device:
-                held.fill_(lr)
+            elif isinstance(held, Tensor) and held.device.type == self._loop.device.device.type:
+                held.fill_(lr)  # where a recorded step reads it
             else:  # of a fresh optimizer, or of a checkpoint that was read
                 group["lr"] = torch.full((), lr, device=self._loop.device.device)
         self._loop.extras.setdefault("lr", lr)
@@ -247,7 +247,7 @@ class Loop:
     def __iter__(self) -> Iterator[Step]:
         self._resume()
         total = self.n_epochs * self.order.steps_per_epoch
-        with bar(self.name, total=total, unit="step", done=self._next) as shown:
+        with self.device.tuned(), bar(self.name, total=total, unit="step", done=self._next) as shown:
             self._announce(self._next, total)
             while self._next < total and self.stopped is None:
                 self._announce(self._next + 1, total)
