@@ -37,6 +37,7 @@ gpu: $(READY)  ## run the tests that need a CUDA device
 bench: $(READY)  ## measure speed against other libraries, side by side
 	$(BIN)/python bench/views.py
 	$(BIN)/python bench/memory.py
+	$(BIN)/python bench/steps.py
 
 table: $(READY)  ## write README's table anew from results/*.json
 	$(BIN)/python results/table.py
