@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from commands import call
 from phyla import launch
 from phyla.errors import InputError, LostProcessError
 from phyla.training.group import Group
@@ -206,7 +207,7 @@ def test_processes_end_when_their_starter_does() -> None:
 
 
 def member(monkeypatch: pytest.MonkeyPatch, rank: int, size: int, **more: int) -> None:
-    for name, value in {"RANK": rank, "WORLD_SIZE": size, **more}.items():
+    for name, value in {"RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "x", "MASTER_PORT": 1, **more}.items():
         monkeypatch.setenv(name, str(value))
 
 
@@ -224,12 +225,21 @@ def test_a_command_starts_others_only_where_it_is_alone(monkeypatch: pytest.Monk
         launch.wants_launch(3)
 
 
-@pytest.mark.parametrize(("name", "text"), [("WORLD_SIZE", "two"), ("RANK", ""), ("LOCAL_RANK", "-1")])
+@pytest.mark.parametrize(("name", "text"), [("WORLD_SIZE", "two"), ("RANK", ""), ("LOCAL_RANK", "-1"),
+                                            ("MASTER_PORT", "")])
 def test_an_environment_that_makes_no_sense_is_told(monkeypatch: pytest.MonkeyPatch, name: str, text: str) -> None:
     member(monkeypatch, 0, 2)
     monkeypatch.setenv(name, text)
-    with pytest.raises(InputError, match=f"{name} in the environment is '{text}', not a number"):
-        launch.joined("cpu")
+    monkeypatch.setattr(launch, "end", sys.exit)
+    said = call("embed", "digits", "--device", "cpu")
+    assert f"{name} in the environment is '{text}'" in said.error() and "torchrun" in said.err
+
+
+def test_a_process_of_a_group_ends_at_once_with_its_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = ("import atexit, sys; from phyla import launch; atexit.register(lambda: print('late'));"
+               "sys.stdout.write('said'); launch.end(3)")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "said", "")
 
 
 @pytest.fixture

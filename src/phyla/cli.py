@@ -405,7 +405,10 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")  # a terminal may lack the letters of a file's name
     if launch.is_launched():
         launch.follow_starter()
-    sys.exit(_guarded(app, PhylaError))
+    code = _guarded(app, PhylaError)
+    if launch.size() > 1:
+        launch.end(code)
+    sys.exit(code)
 
 
 def _guarded(command: Callable[..., object], ours: type[Exception]) -> int:

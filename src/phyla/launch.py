@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from phyla.errors import InputError, LostProcessError
 
@@ -91,6 +91,7 @@ def joined(name: str = "auto", precision: str = "auto", *, engine: str = "auto",
     from phyla.training.device import choose_device
     from phyla.training.group import join
 
+    _check_environment()
     chosen = choose_device(name, precision, engine=engine, batchnorm=batchnorm)
     if size() == 1:
         return chosen
@@ -130,13 +131,32 @@ def follow_starter() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
+def end(code: int) -> NoReturn:
+    """End this process of a group at once: the others wait for it, and unloading PyTorch takes seconds."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    if "torch" in sys.modules:
+        from phyla.training.group import Group, leave
+
+        with suppress(RuntimeError):  # of a connection that is broken already
+            leave(Group(rank(), size()))
+    os._exit(code)
+
+
 def _number(name: str, default: int) -> int:
     text = os.environ.get(name, "")
-    if text.isdecimal():
-        return int(text)
-    if not text and (name == "WORLD_SIZE" or "WORLD_SIZE" not in os.environ or name.startswith("LOCAL_")):
-        return default
-    raise InputError(f"{name} in the environment is {text!r}, not a number", "start with --devices, or with torchrun")
+    return int(text) if text.isdecimal() else default
+
+
+def _check_environment() -> None:
+    names = {"WORLD_SIZE"} if size() == 1 else {"WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"}
+    required = set() if size() == 1 else {"RANK", "MASTER_ADDR", "MASTER_PORT"}
+    for name in sorted(names | required):
+        text = os.environ.get(name)
+        if (name in names and text is not None and not text.isdecimal()) or (name in required and not text):
+            raise InputError(f"{name} in the environment is {text!r}, though processes were started together",
+                             "start with --devices, or with torchrun")
 
 
 # ── starting and watching ─────────────────────────────────────────────────────────────────────────────────────────
