@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path)
     told = parser.parse_args()
-    cards = [card(size, told.seconds, told.repeats) for size in (32, 96)]
+    cards = [card(size, told.seconds, told.repeats) for size in (32, 96, 224)]
     print(f"{'size':>5} {'phyla views/s':>14} {'torchvision views/s':>20} {'ratio':>7} {'range':>14}")
     for row in cards:
         print(f"{row['size']:>5} {row['phyla']:>14,} {row['torchvision']:>20,} {row['ratio']:>7} "

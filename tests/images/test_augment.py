@@ -142,8 +142,10 @@ def test_no_image_influences_another(kind):
 def test_views_do_not_depend_on_how_much_is_worked_on_at_once(kind, monkeypatch):
     pixels, views = pictures(40, 40), Views(kind=kind, size=32)
     at_once = views(pixels, source())
-    monkeypatch.setattr(augment, "_CPU_BLOCK", 3 * 40 * 40 * 2)
-    assert torch.equal(views(pixels, source()), at_once)
+    for block, share in ((2, 100), (2, 5), (1, 3)):
+        monkeypatch.setattr(augment, "_CPU_BLOCK", 3 * 40 * 40 * block)
+        monkeypatch.setattr(augment, "_CPU_SHARE", 3 * 40 * 40 * share)
+        assert torch.equal(views(pixels, source()), at_once)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -84,6 +84,40 @@ def test_hue_of_colors_all_over_the_cube():
         assert_agree(ours, from_pil([reference.adjust_hue(image, shift)]), equal=0.9999)
 
 
+QUICK = pytest.param(range(0, 256, 15), id="some")
+ALL = pytest.param(range(256), id="all", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("reds", [QUICK, ALL])
+def test_hue_saturation_value_and_luma_of_every_color_are_pillows(reds):
+    """Bit for bit; Pillow's hue of a grey is 0, and any serves."""
+    level = torch.arange(256, dtype=torch.uint8)
+    for red in reds:
+        plane = torch.stack([torch.full((256, 256), red, dtype=torch.uint8), level.view(-1, 1).expand(256, 256),
+                             level.expand(256, 256)], dim=2)
+        image, images = Image.fromarray(plane.numpy()), to_float(plane.unsqueeze(0))
+        theirs = from_pil([Image.merge("RGB", image.convert("HSV").split())])
+        ours = torch.cat(operations._to_hsv(images), dim=1)
+        colored = images.amax(1) > images.amin(1)
+        assert torch.equal(ours[:, 0][colored], theirs[:, 0][colored])
+        assert torch.equal(ours[:, 1:], theirs[:, 1:])
+        assert torch.equal(operations.luma(images), from_pil([image.convert("L")])[:, :1])
+
+
+@pytest.mark.parametrize("values", [QUICK, ALL])
+def test_red_green_and_blue_of_every_hue_saturation_and_value(values):
+    """In whole numbers, rounded half up."""
+    level = torch.arange(256)
+    hue, saturation = level.view(1, 1, -1, 1), level.view(1, 1, 1, -1)
+    later = torch.tensor([0, 510, 1020]).view(1, 3, 1, 1)
+    share = (510 - ((6 * hue - later).abs() - 765).abs()).clamp(0, 255)
+    for value in values:
+        twice = 2 * value * (65025 - share * saturation)
+        ours = operations._from_hsv(*(v.float().expand(1, 1, 256, 256)
+                                      for v in (hue, saturation, torch.tensor(value).view(1, 1, 1, 1))))
+        assert torch.equal(ours.long(), (twice + 65025) // (2 * 65025))
+
+
 def test_contrast_mean_of_a_large_bright_image():
     """A mean over 4 million pixels needs more than float32's 24 bits."""
     pixels = torch.full((1, 2048, 2048, 3), 254, dtype=torch.uint8)

@@ -21,11 +21,14 @@ from phyla.errors import InputError, nearest
 from phyla.images import draws, geometry, passes
 from phyla.images import operations as pixelwise
 from phyla.images.draws import JITTER
-from phyla.images.operations import Factors, Images, constant, fill_box, luma, normalize, to_float
+from phyla.images.operations import Factors, Images, constant, fill_box, normalize, to_float
+from phyla.images.threads import in_threads
 
 Kind = Literal["plain", "weak", "simclr", "strong", "ruc_weak", "ruc_strong"]
 
-OPERATIONS: Mapping[str, Callable[[Images, Factors], Images]] = {
+Operation = Callable[[Images, Factors], Images]
+
+OPERATIONS: Mapping[str, Operation] = {
     "identity": lambda images, _: images,
     "autocontrast": lambda images, _: pixelwise.autocontrast(images),
     "equalize": lambda images, _: pixelwise.equalize(images),
@@ -47,9 +50,14 @@ OPERATIONS: Mapping[str, Callable[[Images, Factors], Images]] = {
 STRONG = tuple(name for name in OPERATIONS if name != "hue")
 """The fourteen operations of the strong views of SCAN and of RUC."""
 
-# Values worked on together. Temporaries above about a megabyte cost a CPU its cache and a page fault a page, which
-# made some operations five times slower; a GPU is only limited by its memory.
-_CPU_BLOCK, _DEVICE_BLOCK = 1 << 19, 1 << 26
+# Values worked on together. Temporaries above half a megabyte cost a CPU its cache and a page fault a page, which makes
+# an operation two to five times slower; a GPU is only limited by its memory.
+_CPU_BLOCK, _DEVICE_BLOCK = 1 << 17, 1 << 26
+# Values that one thread makes views of at a time: many enough that some images drew the same operation.
+_CPU_SHARE = 1 << 20
+
+
+Maker = Callable[[Tensor], None]
 
 
 class Draws(NamedTuple):
@@ -77,9 +85,17 @@ class Draws(NamedTuple):
         to_gpu = device.type != "cpu"
         return Draws(*(t.to(ids) if t is self.ids else t.to(device, non_blocking=to_gpu) for t in self))
 
-    def part(self, rows: slice) -> "Draws":
+    def part(self, rows: slice | Tensor) -> "Draws":
         """Return the draws of ``rows``."""
         return Draws(*(t[rows] for t in self))
+
+
+class Changes(NamedTuple):
+    """Operations that follow each other: ``ids`` are places in ``names``, -1 for none, and magnitudes are theirs."""
+
+    names: tuple[str, ...]
+    ids: Int[Tensor, "batch n_operations"]
+    magnitudes: Float[Tensor, "batch n_operations"]
 
 
 def apply_operations(
@@ -97,14 +113,23 @@ def apply_operations(
     """
     at_once = _rows_at_once(images.shape[2] * images.shape[3], images.device)
     for column, magnitude in zip(ids.cpu().unbind(1), magnitudes.unbind(1), strict=True):
-        order = column.argsort(stable=True).to(images.device, non_blocking=True)
+        order = column.argsort(stable=True)
         counts = torch.bincount(column + 1, minlength=len(operations) + 1).tolist()
-        for name, group in zip(("identity", *operations), order.split_with_sizes(counts), strict=True):
-            starts = range(0, 0 if name == "identity" else len(group), at_once)
-            for rows in (group[start : start + at_once] for start in starts):
-                changed = OPERATIONS[name](images.index_select(0, rows), magnitude.index_select(0, rows))
-                images.index_copy_(0, rows, changed)
+        groups = order.split_with_sizes(counts)[1:]
+        for change, group in zip((OPERATIONS[name] for name in operations), groups, strict=True):
+            for start in range(0, len(group), at_once):
+                _change(images, group[start : start + at_once], magnitude, change)
     return images
+
+
+def _change(images: Images, rows: Int[Tensor, " some"], magnitude: Factors, change: Operation) -> None:
+    """Change the images of ``rows``, which rise, in place."""
+    first, n = (int(rows[0]), len(rows)) if len(rows) else (0, 0)
+    if n and int(rows[-1]) == first + n - 1:  # neighbors need not be brought together
+        images[first : first + n] = change(images[first : first + n], magnitude[first : first + n])
+    elif n:
+        rows = rows.to(images.device, non_blocking=True)
+        images.index_copy_(0, rows, change(images.index_select(0, rows), magnitude.index_select(0, rows)))
 
 
 def _rows_at_once(area: int, device: torch.device) -> int:
@@ -227,9 +252,14 @@ class Views:
         if not 0 <= start <= total - len(pixels):
             raise InputError(f"a batch of total={total} images has none {start} to {start + len(pixels) - 1}",
                              "start + len(pixels) is at most total")
-        drawn = self.draw(total, generator, height=pixels.shape[1], width=pixels.shape[2])
         static = generator.device.type != "cpu" if static is None else static
-        return self.render(pixels, drawn.part(slice(start, start + len(pixels))), static=static)
+
+        def drawn(total: int) -> Draws:
+            every = self.draw(total, generator, height=pixels.shape[1], width=pixels.shape[2])
+            return every.part(slice(start, start + len(pixels)))
+
+        sorts_here = pixels.device.type == "cpu" and not static
+        return self.render(pixels, in_threads(drawn, [total])[0] if sorts_here else drawn(total), static=static)
 
     def draw(self, batch: int, generator: torch.Generator, *, height: int, width: int) -> Draws:
         """Return everything random about ``batch`` views of images of ``height`` and ``width``.
@@ -287,33 +317,93 @@ class Views:
         self, pixels: UInt8[Tensor, "batch height width 3"], drawn: Draws, *, static: bool = False
     ) -> Float[Tensor, "batch 3 size size"]:
         """Return the normalized views that ``drawn`` describes; ``static`` as when called."""
-        drawn = drawn.to(pixels.device, ids=pixels.device if static else torch.device("cpu"))
-        images = torch.empty(len(pixels), 3, self.size, self.size, device=pixels.device)
-        names = JITTER if self.kind == "simclr" else self.operations
-        apply = passes.apply_operations if static else apply_operations
-        rows_at_once = _rows_at_once(max(pixels.shape[1] * pixels.shape[2], self.size**2), pixels.device)
-        for start in range(0, len(pixels), rows_at_once):
-            rows = slice(start, start + rows_at_once)
-            part = drawn.part(rows)
-            made = self._cropped(pixels[rows], part)
-            images[rows] = self._finished(apply(made, part.ids, part.magnitudes, operations=names), part)
+        device, batch = pixels.device, len(pixels)
+        images = torch.empty(batch, 3, self.size, self.size, device=device)
+        drawn = drawn.to(device, ids=device if static else torch.device("cpu"))
+        if static or device.type != "cpu":
+            make, at_once = self._maker(pixels, drawn, images, passes.apply_operations if static else apply_operations)
+            for start in range(0, batch, at_once):
+                make(torch.arange(start, min(start + at_once, batch), device=device))
+            return images
+
+        def prepared(n_threads: int) -> tuple[Maker, list[Tensor]]:
+            # Images of the same operations lie together, and each share has as many of them as any other.
+            n_shares = max(n_threads, 3 * max(pixels[0, ..., 0].numel(), self.size**2) * batch // _CPU_SHARE, 1)
+            order = _order(self._steps(drawn), batch)
+            shares = [order[first::n_shares].contiguous() for first in range(min(batch, n_shares))]
+            return self._maker(pixels, drawn, images, apply_operations)[0], shares
+
+        if batch:
+            in_threads(*in_threads(prepared, [torch.get_num_threads()])[0])
         return images
 
-    def _cropped(self, pixels: UInt8[Tensor, "batch height width 3"], drawn: Draws) -> geometry.Resized:
-        height, width = pixels.shape[1:3]
-        if self.resizes:
-            return geometry.resized_crop(pixels, drawn.box, size=(self.size, self.size), flip=drawn.flip)
-        fitted = geometry.fitted_size(height, width, self.size)
-        images = to_float(pixels) if fitted == (height, width) else geometry.resize(pixels, size=fitted)
-        return geometry.crop(images, drawn.box, size=self.size, flip=drawn.flip)
+    def _maker(
+        self, pixels: UInt8[Tensor, "batch height width 3"], drawn: Draws,
+        images: Float[Tensor, "batch 3 size size"], apply: Callable[..., Images],
+    ) -> tuple[Maker, int]:
+        """Return what makes the views of some rows and puts them into ``images``, and how many fit a block."""
+        crop, steps = self._crop(drawn, pixels.shape[1], pixels.shape[2]), self._steps(drawn)
+        at_once = _rows_at_once(max(pixels.shape[1] * pixels.shape[2], self.size**2), pixels.device)
 
-    def _finished(self, images: Images, drawn: Draws) -> Float[Tensor, "batch 3 size size"]:
-        if self.kind == "simclr":
-            images = images.lerp(luma(images), drawn.grey.view(-1, 1, 1, 1).float())
+        def make(rows: Int[Tensor, " some"]) -> None:
+            made = torch.empty(len(rows), *images.shape[1:], device=images.device)
+            blocks = [slice(start, start + at_once) for start in range(0, len(rows), at_once)]
+            for block in blocks:
+                made[block] = crop(pixels.index_select(0, rows[block]), rows[block])
+            for names, ids, magnitudes in steps:
+                made = apply(made, ids[rows], magnitudes[rows], operations=names)
+            for block in blocks:
+                images.index_copy_(0, rows[block], self._finished(made[block], drawn.hole[rows[block]]))
+
+        return make, at_once
+
+    def _steps(self, drawn: Draws) -> list[Changes]:
+        """Return the operations of views in the order in which they act."""
+        if self.kind != "simclr":
+            return [Changes(self.operations, drawn.ids, drawn.magnitudes)] if drawn.ids.shape[1] else []
+        # The hue is most of the work, so it is turned once, of all images together, with the rest before or after. Of
+        # an image without it, the last column is after.
+        ids, magnitudes = drawn.ids, drawn.magnitudes
+        is_hue = ids == len(JITTER) - 1
+        seen = is_hue.int().cumsum(1) > 0
+        seen[:, -1] = True
+        hue = torch.where(is_hue.any(1, keepdim=True), 0, -1)
+        turn = (magnitudes * is_hue).sum(1, keepdim=True)
+        grey = torch.where(drawn.grey.to(ids.device), 0, -1).unsqueeze(1)
+        return [
+            Changes(JITTER[:-1], torch.where(seen, -1, ids)[:, :-1], magnitudes[:, :-1]),
+            Changes(JITTER[-1:], hue, turn),
+            Changes(JITTER[:-1], torch.where(seen & ~is_hue, ids, -1)[:, 1:], magnitudes[:, 1:]),
+            Changes(("color",), grey, torch.zeros_like(turn)),  # of factor 0: grey
+        ]
+
+    def _crop(self, drawn: Draws, height: int, width: int) -> Callable[[Tensor, slice | Tensor], Tensor]:
+        """Return what makes float images of stored pixels and of their rows in ``drawn``."""
+        if self.resizes:
+            across, down = geometry.crop_lines(drawn.box, (height, width), (self.size, self.size), flip=drawn.flip)
+            return lambda pixels, rows: geometry.resample(pixels, (across.part(rows), down.part(rows)))
+        fitted = geometry.fitted_size(height, width, self.size)
+
+        def cut(pixels: UInt8[Tensor, "batch height width 3"], rows: slice | Tensor) -> geometry.Resized:
+            images = to_float(pixels) if fitted == (height, width) else geometry.resize(pixels, size=fitted)
+            return geometry.crop(images, drawn.box[rows], size=self.size, flip=drawn.flip[rows])
+
+        return cut
+
+    def _finished(self, images: Images, hole: Int[Tensor, "batch 4"]) -> Float[Tensor, "batch 3 size size"]:
         if self.kind == "ruc_strong":
-            images = fill_box(images, drawn.hole, value=127.0)
+            images = fill_box(images, hole, value=127.0)
         images = normalize(images, mean=self.mean, std=self.std)
-        return fill_box(images, drawn.hole, value=0.0) if self.kind == "strong" else images
+        return fill_box(images, hole, value=0.0) if self.kind == "strong" else images
+
+
+def _order(steps: Sequence[Changes], batch: int) -> Int[Tensor, " batch"]:
+    """Return the rows of a batch so that those of the same operations are neighbors."""
+    key = torch.zeros(batch, dtype=torch.int64)
+    for names, ids, _ in steps:
+        for column in ids.unbind(1):
+            key = key * (len(names) + 1) + column + 1
+    return key.argsort(stable=True)
 
 
 def views_from(held: Mapping[str, Any]) -> Views:

@@ -8,6 +8,7 @@ more than twice what the width does: there a value in ten differs by 1.) Affine 
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
@@ -56,50 +57,73 @@ def resized_crop(
     size : height and width of the output in pixels
     flip : which outputs are mirrored left to right; none when absent
     """
+    return resample(pixels, crop_lines(box, (pixels.shape[1], pixels.shape[2]), size, flip=flip))
+
+
+class Lines(NamedTuple):
+    """Which lines of an image make each line of another, their places, and their weights in units of 2**-22."""
+
+    places: Int[Tensor, "taps batch size"]
+    weights: Int[Tensor, "taps batch size"]
+
+    def part(self, rows: slice | Tensor) -> "Lines":
+        """Return those of some of the batch."""
+        return Lines(self.places[:, rows], self.weights[:, rows])
+
+
+def crop_lines(
+    box: Int[Tensor, "batch 4"], stored: tuple[int, int], size: tuple[int, int], *,
+    flip: Bool[Tensor, " batch"] | None = None,
+) -> tuple[Lines, Lines]:
+    """Return the columns, and the rows, that make those of a resized crop; heights and widths as `resized_crop` has."""
+    across = _lines(box[:, 1], box[:, 3], stored[1], size[1], flip=flip)
+    return across, _lines(box[:, 0], box[:, 2], stored[0], size[0])
+
+
+def resample(pixels: UInt8[Tensor, "batch height width 3"], lines: tuple[Lines, Lines]) -> Resized:
+    """Return images of the weighted sums of columns, and then of rows, that `crop_lines` chose."""
     batch, in_height, in_width, _ = pixels.shape
-    height, width = size
-    across = _taps(box[:, 1], box[:, 3], in_width, width, flip=flip)
-    down = _taps(box[:, 0], box[:, 2], in_height, height)
+    width, height = (part.places.shape[2] for part in lines)
     # Whole lines are picked and added, so each pass wants the axis it works on in front of the rest.
     columns = pixels.permute(0, 2, 3, 1).contiguous().int().view(batch, in_width, 3 * in_height)
-    columns = _weighted_lines(columns, *across).view(batch, width, 3, in_height)
-    rows = columns.permute(0, 3, 2, 1).contiguous().view(batch, in_height, 3 * width)
-    rows = _weighted_lines(rows, *down).view(batch, height, 3, width)
-    return rows.permute(0, 2, 1, 3).contiguous().float()
+    columns = _weighted(columns, lines[0]).to(torch.uint8).view(batch, width, 3, in_height)
+    rows = columns.permute(0, 3, 2, 1).contiguous().int().view(batch, in_height, 3 * width)
+    rows = _weighted(rows, lines[1]).view(batch, height, 3, width)
+    images = torch.empty(batch, 3, height, width, device=pixels.device)
+    return images.copy_(rows.permute(0, 2, 1, 3))
 
 
-def _taps(
+def _lines(
     start: Int[Tensor, " batch"], extent: Int[Tensor, " batch"], length: int, size: int,
     *, flip: Bool[Tensor, " batch"] | None = None,
-) -> tuple[Int[Tensor, "batch size taps"], Int[Tensor, "batch size taps"]]:
-    """Return which input lines make each output line, and their weights in units of 2**-22."""
+) -> Lines:
+    """Return the lines of an image of ``length`` that make ``size`` of those from ``start`` on."""
     position = torch.arange(size, dtype=torch.float64, device=start.device) + 0.5
-    positions = position if flip is None else torch.where(flip.unsqueeze(1), size - position, position)
-    extents = extent.double().view(-1, 1, 1)
+    positions = position if flip is None else position + flip.double().unsqueeze(1) * (size - 2 * position)
+    extents = extent.double().unsqueeze(1)
     support = (extents / size).clamp(min=1)  # half the width of the triangle
-    center = (positions * (extent.double() / size).unsqueeze(1)).unsqueeze(2)
+    center = positions * (extents / size)
     n_taps = math.ceil(2 * max(1.0, length / size))
-    lines = (center - support + 0.5).floor() + torch.arange(n_taps, device=start.device)
-    weights = (1 - (lines + 0.5 - center).abs() / support).clamp(min=0)
-    weights = torch.where((lines >= 0) & (lines < extents), weights, 0)
-    weights = weights / weights.sum(2, keepdim=True)
-    inside = torch.minimum(lines.clamp(min=0), extents - 1).long()
-    return inside + start.view(-1, 1, 1), (weights * 2**_WEIGHT_BITS + 0.5).int()
+    steps = torch.arange(n_taps, dtype=torch.float64, device=start.device).view(-1, 1, 1)
+    lines = (center - support + 0.5).floor() + steps
+    inside = torch.minimum(lines.clamp(min=0), extents - 1)
+    weights = (1 - (lines + 0.5 - center).abs_().div_(support)).clamp_(min=0)
+    weights = weights.mul_(torch.eq(lines, inside, out=torch.empty_like(lines)))  # nothing from outside
+    weights = weights.div_(weights.sum(0))
+    return Lines(inside.long() + start.unsqueeze(1), (weights * 2**_WEIGHT_BITS + 0.5).int())
 
 
-def _weighted_lines(
-    lines: Int[Tensor, "batch length values"], index: Int[Tensor, "batch size taps"],
-    weights: Int[Tensor, "batch size taps"],
-) -> Int[Tensor, "lines_out values"]:
+def _weighted(given: Int[Tensor, "batch length values"], lines: Lines) -> Int[Tensor, "lines_out values"]:
     """Return sums of weighted lines of each image, rounded to 8-bit values."""
-    batch, length, values = lines.shape
-    flat = lines.view(batch * length, values)
-    index = index + torch.arange(batch, device=lines.device).view(-1, 1, 1) * length
-    index, weights = index.flatten(0, 1), weights.flatten(0, 1)
-    total = flat.index_select(0, index[:, 0]).mul_(weights[:, :1])
-    for tap in range(1, index.shape[1]):
-        total.addcmul_(flat.index_select(0, index[:, tap]), weights[:, tap : tap + 1])
-    return total.add_(1 << (_WEIGHT_BITS - 1)).bitwise_right_shift_(_WEIGHT_BITS)
+    batch, length, values = given.shape
+    flat = given.view(batch * length, values)
+    places = (lines.places + torch.arange(batch, device=given.device).view(-1, 1) * length).flatten(1)
+    weights = lines.weights.flatten(1).unsqueeze(2)
+    total = flat.index_select(0, places[0]).mul_(weights[0])
+    for place, weight in zip(places[1:], weights[1:], strict=True):
+        total.addcmul_(flat.index_select(0, place), weight)
+    total.add_(1 << (_WEIGHT_BITS - 1))
+    return total.bitwise_right_shift_(_WEIGHT_BITS)
 
 
 def center_box(height: int, width: int, size: int) -> tuple[int, int, int, int]:

@@ -19,7 +19,7 @@ Images = Float[Tensor, "batch 3 height width"]
 Factors = Float[Tensor, " batch"]
 Table = Float[Tensor, "batch 3 256"]  # what becomes of each value of each channel
 
-_RED, _GREEN, _BLUE, _HALF, _ONE = 19595.0, 38470.0, 7471.0, 32768.0, 65536.0  # ITU-R 601 luma in 16-bit fixed point
+_RED, _GREEN, _BLUE = 19595 / 65536, 38470 / 65536, 7471 / 65536  # ITU-R 601 luma in 16-bit fixed point
 
 
 def constant(
@@ -54,8 +54,8 @@ def normalize(images: Images, *, mean: tuple[float, ...], std: tuple[float, ...]
 def luma(images: Images) -> Float[Tensor, "batch 1 height width"]:
     """Return the brightness of each pixel, 0 to 255, as Pillow's conversion to mode L."""
     red, green, blue = images.chunk(3, dim=1)
-    # All partial sums are whole numbers below 2**24: exact in float32.
-    return (red * _RED).add_(green * _GREEN).add_(blue * _BLUE).add_(_HALF).div_(_ONE).floor_()
+    # All partial sums are below 256 and whole in units of 1/65536: exact in float32.
+    return (red * _RED).add_(green, alpha=_GREEN).add_(blue, alpha=_BLUE).add_(0.5).floor_()
 
 
 def greyscale(images: Images) -> Images:
@@ -65,7 +65,7 @@ def greyscale(images: Images) -> Images:
 
 def brightness(images: Images, factor: Factors) -> Images:
     """Return images between black (factor 0) and themselves (1); above 1 brighter."""
-    return blend(torch.zeros((), device=images.device), images, factor)
+    return (images * factor.view(-1, 1, 1, 1)).clamp_(0, 255).floor_()
 
 
 def contrast(images: Images, factor: Factors) -> Images:
@@ -176,33 +176,41 @@ def adjust_hue(images: Images, shift: Factors) -> Images:
 
 
 def _to_hsv(images: Images) -> tuple[Tensor, Tensor, Tensor]:
-    """Return hue, saturation, value, each (batch, 1, height, width), 0 to 255 and truncated; a grey's hue is any."""
+    """Return hue, saturation, value, each (batch, 1, height, width), 0 to 255 and truncated; a grey's hue is any.
+
+    Pillow divides in float32, goes on in float64 and rounds to float32 after each line. What follows stays in float32
+    and gives the same for each of the 2**24 colors, which a test goes through.
+    """
     red, green, blue = images.chunk(3, dim=1)
     value = torch.maximum(torch.maximum(red, green), blue)
     least = torch.minimum(torch.minimum(red, green), blue)
     spread = value - least
-    middle = (red + green).add_(blue).sub_(value).sub_(least)
-    is_red = (red - value).add_(1).clamp_(min=0)
-    is_green = (green - value).add_(1).clamp_(min=0).mul_(1 - is_red)
-    is_blue = 1 - is_red - is_green
-    # The hue lies ``distance`` (0 to 1) beside that of the largest channel (0, 2 or 4), on the side of the middle one.
-    # Pillow rounds to float32 after each of these lines and calculates within them in float64; so do we.
-    distance = 1 - (value - middle).div_(spread.clamp(min=1)).double()
-    side = is_red.mul_(green - blue).addcmul_(is_green, blue - red).addcmul_(is_blue, red - green).sign_()
-    sextant = distance.mul_(side).add_(is_green, alpha=2).add_(is_blue, alpha=4).float()
-    turn = sextant.double().div_(6).add_(1).frac_().float()
-    hue = turn.double().mul_(255).floor_().float()
-    saturation = (spread / value.clamp(min=1)).double().mul_(255).floor_().float()
+    # In sixths of a turn the hue is 1 + (green - red) / spread where blue is least, 3 + (blue - green) / spread where
+    # red is, and 5 + (red - blue) / spread where green is: one division, and one rounding by the sum.
+    no_blue = torch.eq(blue, least, out=torch.empty_like(least))  # 1 or 0; as bool it would be slow to calculate with
+    no_red = torch.eq(red, least, out=torch.empty_like(least))
+    no_red.addcmul_(no_red, no_blue, value=-1)
+    if_green = red - blue
+    side = torch.addcmul(if_green, no_blue, (green - red).sub_(if_green))
+    side.addcmul_(no_red, (blue - green).sub_(if_green)).div_(spread.clamp(min=1))
+    sextant = no_red.add_(no_blue, alpha=2).mul_(-2).add_(5).add_(side)
+    # Between 5 and 6 Pillow counts back from a full turn, and so never falls short of a whole number as a sum may.
+    beyond = (sextant - 5).clamp_(min=0)
+    six = constant((6.0,), images.device)  # by a plain number a GPU does not divide, but multiplies
+    hue = sextant.div_(six).mul_(255).add_(beyond, alpha=1e-3).floor_()
+    saturation = spread.mul_(255).div_(value.clamp(min=1)).floor_()
     return hue, saturation, value
 
 
 def _from_hsv(hue: Tensor, saturation: Tensor, value: Tensor) -> Images:
     """Return RGB images from 8-bit hue, saturation and value."""
     # A channel is ``value`` less a share of the saturation; over the circle the share is a trapezium, the same for
-    # each channel but a third of a turn later. In units of 1/255 every number here is whole and below 2**24.
+    # each channel but a third of a turn later. In units of 1/255 every number here is whole and below 2**24, up to the
+    # division by 65025; multiplied instead, all quotients are cut to the same whole numbers.
     later = constant((0.0, 510.0, 1020.0), hue.device).view(1, 3, 1, 1)
-    share = (hue * 6 - later).abs_().sub_(765).abs_().neg_().add_(510).clamp_(0, 255)
-    return share.mul_(saturation).neg_().add_(65025).mul_(value).div_(65025).add_(0.5).floor_()
+    left = (hue.mul(6) - later).abs_().sub_(765).abs_().clamp_(255, 510)  # 510 less the share
+    flat = 65025 - 510 * saturation
+    return torch.addcmul(flat, left, saturation).mul_(value).mul_(1 / 65025).add_(0.5).floor_()
 
 
 def fill_box(images: Images, box: Int[Tensor, "batch 4"], *, value: float) -> Images:
