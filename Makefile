@@ -38,6 +38,7 @@ bench: $(READY)  ## measure speed against other libraries, side by side
 	$(BIN)/python bench/views.py
 	$(BIN)/python bench/memory.py
 	$(BIN)/python bench/steps.py
+	$(BIN)/python bench/files.py
 
 table: $(READY)  ## write README's table anew from results/*.json
 	$(BIN)/python results/table.py
