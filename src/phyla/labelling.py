@@ -77,9 +77,10 @@ def label_files(classifier: Classifier, images: Path, out: Path | None, *, embed
                 if share is None:
                     raise InputError(f"{missing} of {len(shards)} shards in {shards.folder} have gone",
                                      "let one command at a time write a table, or share it with --shard")
-                log.info("%d of %d shards are there; whoever makes the last one writes the result",
-                         len(shards) - missing, len(shards))
-                return told
+                if shards.folder.exists():
+                    log.info("%d of %d shards are there; whoever makes the last one writes the result",
+                             len(shards) - missing, len(shards))
+                return told  # else another worker has joined them while this one waited
             told |= _join(shards, files, images, out, embeddings, strict=strict, made=made)
     return told
 
