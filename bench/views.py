@@ -1,32 +1,31 @@
-"""Speed card: views a second, ours against torchvision's transforms in a DataLoader, measured in turn in one run.
+"""Speed card: views a second, against torchvision, kornia and lightly as their documentation sets them up.
 
-    python bench/views.py [--seconds 3] [--repeats 5] [--out bench.json]
+    python bench/views.py [--sizes 32 96 224] [--seconds 3] [--repeats 5] [--out bench.json]
 
-Both make SimCLR's views (resized crop, flip, color jitter, grey) of the same uint8 images and end in normalised float
-tensors. The opponent is set up as its documentation says: PIL images in memory, torchvision.transforms.v2, a DataLoader
-with one worker a core that stays alive. A figure is the median over repeats, and the ratio is taken repeat by repeat.
+All make SimCLR's views (resized crop, flip, color jitter, grey) of the same images and end in normalised float tensors,
+in batches of 256. Ours takes uint8 arrays. torchvision is transforms.v2 on PIL images in memory, in a DataLoader with
+one worker a core that stays alive. lightly is its SimCLRTransform in the same DataLoader, two views an image, with our
+strengths and no blur, which no other side has. kornia is an AugmentationSequential on float tensors that lie ready.
+Opponents that are not installed are left out.
 """
 
-import argparse
-import json
 import os
-import platform
-import statistics
-import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
-import torchvision
 from PIL import Image
 from sklearn.datasets import load_sample_images
+from torch import Tensor
 from torchvision.transforms import v2
 
+from card import Side, arguments, compare, finish, opponent
 from phyla.images.augment import Views
 
 BATCH = 256
 N_IMAGES = 1024
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
 def photographs(size: int) -> np.ndarray:
@@ -40,79 +39,83 @@ def photographs(size: int) -> np.ndarray:
     return np.stack(crops)
 
 
-def ours(pixels: np.ndarray, size: int) -> Iterator[torch.Tensor]:
-    """Yield batches of our views without end."""
-    views, source, resident = Views("simclr", size), torch.Generator().manual_seed(0), torch.from_numpy(pixels)
+def batches(images: Tensor) -> Iterator[Tensor]:
+    """Yield 256 images after the other, without end."""
     while True:
-        yield views(resident[torch.randint(len(resident), (BATCH,), generator=source)], source)
+        yield from images.split(BATCH)
+
+
+def ours(pixels: np.ndarray, size: int) -> Iterator[Tensor]:
+    """Yield batches of our views without end."""
+    views, source = Views("simclr", size), torch.Generator().manual_seed(0)
+    for batch in batches(torch.from_numpy(pixels)):
+        yield views(batch, source)
 
 
 class Pictures(torch.utils.data.Dataset):
-    """PIL images in memory with torchvision's SimCLR views."""
+    """PIL images in memory, transformed when asked for."""
 
-    def __init__(self, pixels: np.ndarray, size: int) -> None:
-        self.pictures = [Image.fromarray(image) for image in pixels]
-        self.transform = v2.Compose([
-            v2.RandomResizedCrop(size, scale=(0.2, 1.0)), v2.RandomHorizontalFlip(),
-            v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8), v2.RandomGrayscale(0.2), v2.PILToTensor(),
-            v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])])
+    def __init__(self, pixels: np.ndarray, transform: Callable[[Image.Image], object]) -> None:
+        self.pictures, self.transform = [Image.fromarray(image) for image in pixels], transform
 
     def __len__(self) -> int:
         return len(self.pictures) * 1000
 
-    def __getitem__(self, row: int) -> torch.Tensor:
+    def __getitem__(self, row: int) -> object:
         return self.transform(self.pictures[row % len(self.pictures)])
 
 
-def theirs(pixels: np.ndarray, size: int) -> Iterator[torch.Tensor]:
-    """Yield batches of torchvision's views without end."""
-    loader = torch.utils.data.DataLoader(Pictures(pixels, size), BATCH, shuffle=True, drop_last=True,
+def loaded(pixels: np.ndarray, transform: Callable[[Image.Image], object]) -> Iterator[object]:
+    """Yield batches of transformed images without end."""
+    loader = torch.utils.data.DataLoader(Pictures(pixels, transform), BATCH, shuffle=True, drop_last=True,
                                          num_workers=os.cpu_count() or 1, persistent_workers=True)
     while True:
         yield from loader
 
 
-def rate(batches: Iterator[torch.Tensor], seconds: float) -> float:
-    """Return views a second over at least ``seconds``."""
-    started, n = time.perf_counter(), 0
-    while time.perf_counter() - started < seconds:
-        n += len(next(batches))
-    return n / (time.perf_counter() - started)
+def by_torchvision(pixels: np.ndarray, size: int) -> Iterator[object]:
+    """Yield batches of torchvision's views without end."""
+    return loaded(pixels, v2.Compose([
+        v2.RandomResizedCrop(size, scale=(0.2, 1.0)), v2.RandomHorizontalFlip(),
+        v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8), v2.RandomGrayscale(0.2), v2.PILToTensor(),
+        v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]))
 
 
-def card(size: int, seconds: float, repeats: int) -> dict[str, object]:
-    """Return the figures of one size, both sides measured in turn."""
-    pixels = photographs(size)
-    sides: dict[str, Callable[[np.ndarray, int], Iterator[torch.Tensor]]] = {"phyla": ours, "torchvision": theirs}
-    running = {name: make(pixels, size) for name, make in sides.items()}
-    for batches in running.values():
-        rate(batches, 1.0)  # start workers, warm caches
-    rates: dict[str, list[float]] = {name: [] for name in running}
-    for _ in range(repeats):
-        for name, batches in running.items():
-            rates[name].append(rate(batches, seconds))
-    ratios = [a / b for a, b in zip(rates["phyla"], rates["torchvision"], strict=True)]
-    medians = {name: round(statistics.median(values)) for name, values in rates.items()}
-    return {"size": size, **medians, "ratio": round(statistics.median(ratios), 2),
-            "ratio_min": round(min(ratios), 2), "ratio_max": round(max(ratios), 2)}
+def by_lightly(lightly: ModuleType, pixels: np.ndarray, size: int) -> Iterator[int]:
+    """Yield how many views each batch of lightly's has, without end."""
+    transform = lightly.SimCLRTransform(input_size=size, cj_bright=0.4, cj_contrast=0.4, cj_sat=0.4, cj_hue=0.1,
+                                        min_scale=0.2, gaussian_blur=0.0, normalize={"mean": MEAN, "std": STD})
+    for views in loaded(pixels, transform):
+        yield sum(map(len, views))
+
+
+def by_kornia(kornia: ModuleType, pixels: np.ndarray, size: int) -> Iterator[Tensor]:
+    """Yield batches of kornia's views without end."""
+    change = kornia.AugmentationSequential(
+        kornia.RandomResizedCrop((size, size), scale=(0.2, 1.0)), kornia.RandomHorizontalFlip(p=0.5),
+        kornia.ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8), kornia.RandomGrayscale(p=0.2),
+        kornia.Normalize(torch.tensor(MEAN), torch.tensor(STD)), data_keys=["input"])
+    for batch in batches(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().float().div_(255)):
+        yield change(batch)
 
 
 def main() -> None:
     """Measure, print a table, and write JSON where asked."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seconds", type=float, default=3.0)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path)
-    told = parser.parse_args()
-    cards = [card(size, told.seconds, told.repeats) for size in (32, 96, 224)]
-    print(f"{'size':>5} {'phyla views/s':>14} {'torchvision views/s':>20} {'ratio':>7} {'range':>14}")
-    for row in cards:
-        print(f"{row['size']:>5} {row['phyla']:>14,} {row['torchvision']:>20,} {row['ratio']:>7} "
-              f"{row['ratio_min']:>6} - {row['ratio_max']}")
-    if told.out:
-        facts = {"machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-                 "torch": torch.__version__, "torchvision": torchvision.__version__, "cards": cards}
-        told.out.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    told = arguments(__doc__, sizes={"type": int, "nargs": "+", "help": "sides of a view, pixels; 32 96 224"},
+                     seconds={"type": float, "help": "least time of a turn; 3, or 1 with --quick"})
+    told.sizes = told.sizes or ([32] if told.quick else [32, 96, 224])
+    told.seconds = told.seconds or (1.0 if told.quick else 3.0)
+    kornia, lightly = opponent("kornia.augmentation", "kornia"), opponent("lightly.transforms", "lightly")
+    rows = []
+    for size in told.sizes:
+        pixels = photographs(size)
+        sides: dict[str, Side] = {"phyla": ours(pixels, size), "torchvision": by_torchvision(pixels, size)}
+        if lightly:
+            sides["lightly"] = by_lightly(lightly, pixels, size)
+        if kornia:
+            sides["kornia"] = by_kornia(kornia, pixels, size)
+        rows.append({"size": size} | compare(sides, repeats=told.repeats, seconds=told.seconds).row())
+    finish(told, rows, versions=("torchvision", "lightly", "kornia"))
 
 
 if __name__ == "__main__":
