@@ -1,10 +1,14 @@
 """The nearest others: exact, the same whatever the block, duplicates and degenerate rows included."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import naive
 from phyla import neighbors as module
@@ -269,3 +273,49 @@ def test_memory_stays_within_a_few_blocks():
     finder = module.Finder(*[module.Rows.of(values, device=None, normalize=True)] * 2, 5, 32)
     assert len(finder.buffer) == 32 * 32 * 4
     assert len(finder.buffer) < n * n / 2000
+
+
+@pytest.mark.parametrize("n_threads", [2, 5])
+def test_threads_change_nothing(monkeypatch, n_threads):
+    values = rows(300, 9, dtype=np.float32)
+    values[::3] = values[0]
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(module, "_LEAST_ROWS", 300)
+    expected = find_neighbors(values, 12)
+    monkeypatch.setattr(module, "_LEAST_ROWS", 20)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: n_threads)
+    used = set()
+    monkeypatch.setattr(module.Finder, "find", lambda self, asked, was=module.Finder.find: (
+        used.add(threading.current_thread().name), was(self, asked))[1])
+    assert same(find_neighbors(values, 12, block=17), expected)
+    assert all(name.startswith("phyla-neighbors") for name in used)
+    monkeypatch.undo()
+    assert torch.get_num_threads() == threads, "the caller's threads are as they were"
+
+
+def test_an_error_in_a_thread_ends_the_search(monkeypatch):
+    monkeypatch.setattr(module, "_LEAST_ROWS", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(module.Finder, "find", lambda self, asked: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        find_neighbors(rows(30), 2, block=1)
+
+
+def test_no_tensor_grows_faster_than_the_images(monkeypatch):
+    class Largest(TorchDispatchMode):
+        numbers = 0
+
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            made = operation(*args, **(kwargs or {}))
+            self.numbers = max([self.numbers, *(t.untyped_storage().nbytes() for t in tree_leaves(made)
+                                                if isinstance(t, torch.Tensor))])
+            return made
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    sizes = []
+    for n in (400, 1600):
+        with Largest() as seen:
+            find_neighbors(rows(n, 4, dtype=np.float32), 5, block=64)
+        sizes.append(seen.numbers)
+    assert sizes[1] <= 4 * sizes[0]
+    assert sizes[1] < 1600 * 1600 / 10

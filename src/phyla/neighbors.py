@@ -9,14 +9,18 @@ depend on the block size, exact duplicates come in the order of their index, and
 Input ``values (n, d)``; output ``Neighbors``: ``indices`` and ``similarities`` (n, k), the image itself left out.
 """
 
+import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Literal, get_args
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from torch import Tensor
 
 from phyla.candidates import GROUP, Largest
@@ -27,11 +31,13 @@ from phyla.types import Embeddings, Neighbors
 _BLOCK = 1024  # rows searched at once
 _TILE = {"cpu": 4, "cuda": 16}  # columns of a tile for each row of a block: 16 MB, near the cache; 64 MB
 _SPARE = 8  # candidates beyond those wanted: enough that a second search is rare
+_LEAST_ROWS = 256  # for which a thread is worth starting
 _CHUNK = 1 << 16  # rows checked or measured at once
 _SUMMED = 1 << 16  # float64 numbers in one block of exact sums: 512 kB, which stays in the cache
 
 Metric = Literal["product", "euclidean"]
 Candidates = Callable[[np.ndarray], np.ndarray]
+_Found = tuple[np.ndarray, np.ndarray]
 
 
 def find_neighbors(
@@ -51,7 +57,8 @@ def find_neighbors(
     values : (n_images, n_features), real and finite; float64 is searched in float64, all else in float32
     n_neighbors : 1 to n_images - 1
     device : where to compute, and where the values are moved to; None is the CPU
-    block : rows searched at once; the memory beyond input and output is at most about 100 * block² bytes
+    block : rows searched at once; the memory beyond input and output is about 100 * block² bytes at
+        most, for each thread of torch's
     normalize : scale rows to length 1 first
     metric : product: the inner product, which is the cosine of normalized rows; euclidean: the distance d, told as the
         similarity -d² / 2, which is the cosine less 1 for normalized rows
@@ -219,16 +226,43 @@ class Finder:
         ``candidates_of`` gives the candidates of some rows, int64 (n, width); None searches among all.
         """
         indices = np.empty((len(rows), self.n_neighbors), np.int64)
-        similarities = np.empty(indices.shape, np.float64 if self.queries.values.dtype == torch.float64 else np.float32)
+        wide = self.queries.values.dtype == torch.float64
+        similarities = np.empty(indices.shape, np.float64 if wide else np.float32)
+        n_threads = torch.get_num_threads() if self.buffer.device.type == "cpu" else 1
+        n_workers = max(1, min(n_threads, len(rows) // _LEAST_ROWS))
+        step = max(1, min(self.block, -(-len(rows) // n_workers)))
+        parts = [slice(start, min(start + step, len(rows))) for start in range(0, len(rows), step)]
+        idle: SimpleQueue[Finder] = SimpleQueue()
+        for finder in (self, *(self.twin() for _ in range(n_workers - 1))):
+            idle.put(finder)
+
+        def work(part: slice) -> tuple[np.ndarray, np.ndarray]:
+            finder = idle.get()
+            try:
+                return finder.search_block(rows[part], candidates_of)
+            finally:
+                idle.put(finder)
+
         with bar(title, total=len(rows), unit="image") as shown:
-            for start in range(0, len(rows), self.block):
-                some = slice(start, start + self.block)
-                asking = torch.from_numpy(rows[some]).to(self.queries.values.device)
-                found, near = (self.find(asking) if candidates_of is None else
-                               self.among(asking, torch.from_numpy(candidates_of(rows[some])).to(asking.device)))
-                indices[some], similarities[some] = found.numpy(force=True), near.numpy(force=True)
-                shown.advance(len(asking))
+            for part, found in zip(parts, _side_by_side(work, parts, n_workers), strict=True):
+                indices[part], similarities[part] = found
+                shown.advance(part.stop - part.start)
         return indices, similarities
+
+    def search_block(self, rows: np.ndarray, candidates_of: Candidates | None) -> tuple[np.ndarray, np.ndarray]:
+        """Return as ``search`` for at most ``block`` queries."""
+        asking = torch.from_numpy(rows).to(self.queries.values.device)
+        if candidates_of is None:
+            found, near = self.find(asking)
+        else:
+            found, near = self.among(asking, torch.from_numpy(candidates_of(rows)).to(asking.device))
+        return found.numpy(force=True), near.numpy(force=True)
+
+    def twin(self) -> "Finder":
+        """Return a finder of the same with a buffer of its own, for another thread."""
+        twin = copy.copy(self)
+        twin.buffer = torch.empty_like(self.buffer)
+        return twin
 
     def find(self, rows: Int[Tensor, " rows"]) -> tuple[Int[Tensor, "rows near"], Float[Tensor, "rows near"]]:
         """Return the neighbors of some queries and the similarities, ranked and exact."""
@@ -381,6 +415,27 @@ class Finder:
         """Return the nearest candidates and their similarities; they come by index, which a stable sort keeps."""
         near, order = exact.to(self.queries.values.dtype).sort(dim=1, descending=True, stable=True)
         return candidates.gather(1, order[:, : self.n_neighbors]), near[:, : self.n_neighbors]
+
+
+def _side_by_side(work: Callable[[slice], _Found], parts: Sequence[slice], n_workers: int) -> Iterator[_Found]:
+    """Yield the work on each part, in order, done by threads that compute on one core each.
+
+    Cores that share each operation wait for one another at its end, hundreds of times a second: on a machine that does
+    other work too that takes ten times as long.
+    """
+    if n_workers < 2:
+        yield from map(work, parts)
+        return
+    pool = ThreadPoolExecutor(n_workers, thread_name_prefix="phyla-neighbors", initializer=_on_one_core)
+    try:
+        yield from pool.map(work, parts)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _on_one_core() -> None:
+    torch.get_num_threads()  # torch sets the number when a thread first asks, which would overrule the next line
+    threadpool_limits(1, user_api="openmp")  # of this thread alone, until it ends
 
 
 def _round_up(columns: int) -> int:
