@@ -39,7 +39,7 @@ from phyla.training.loop import Loop, Step
 from phyla.types import ImageSet, Neighbors
 
 Fit = Callable[[Device], object]
-N_CLUSTERS, N_EPOCHS = 10, 4  # no card comes to the end of the last epoch
+N_CLUSTERS, N_EPOCHS = 10, 50  # no card comes to the end of the last epoch
 
 _here = threading.local()  # the Steps of this thread, if it has any
 
@@ -49,7 +49,7 @@ class Closed(BaseException):
 
 
 class Steps:
-    """One step of a ``fit`` a call; ``loop`` is its loop, ``step`` the step that comes next.
+    """Steps of a ``fit``, one or more a call; ``loop`` is its loop, ``step`` the step that comes next.
 
     ``notes`` may be set to a list, which then gets (name, arguments, result) of what `_note` watches.
     """
@@ -60,18 +60,19 @@ class Steps:
         self.notes: list[tuple[str, tuple[Any, ...], Any]] | None = None
         self._go, self._waits = threading.Semaphore(0), threading.Semaphore(0)
         self._error: BaseException | None = None
-        self._ends = False
+        self._ends, self._more = False, 0
         self._thread = threading.Thread(target=self._run, args=(fit,), daemon=True)
         self._thread.start()
         self._wait()
-        for _ in range(warm):
-            self()
+        if warm:
+            self(warm)
 
-    def __call__(self) -> int:
-        """Carry out one more step."""
+    def __call__(self, n_steps: int = 1) -> int:
+        """Carry out ``n_steps`` more, and return how many that was."""
+        self._more = n_steps - 1
         self._go.release()
         self._wait()
-        return 1
+        return n_steps
 
     def close(self) -> None:
         """End the ``fit`` where it stands."""
@@ -84,6 +85,9 @@ class Steps:
     def pause(self, loop: Loop, step: Step) -> None:
         """Wait for the next call; called in the thread of the ``fit``, before each step."""
         self.loop, self.step = loop, step
+        if self._more:
+            self._more -= 1
+            return
         self._waits.release()
         self._go.acquire()
         if self._ends:
