@@ -34,11 +34,8 @@ slow: $(READY)  ## run the end-to-end tests on real data too
 gpu: $(READY)  ## run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
 
-bench: $(READY)  ## measure speed against other libraries, side by side
-	$(BIN)/python bench/views.py
-	$(BIN)/python bench/memory.py
-	$(BIN)/python bench/steps.py
-	$(BIN)/python bench/files.py
+bench: $(READY)  ## measure speed against other libraries, side by side, into docs/concepts/speed.md
+	$(BIN)/python bench/cards.py measure
 
 table: $(READY)  ## write README's table anew from results/*.json
 	$(BIN)/python results/table.py

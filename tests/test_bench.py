@@ -1,5 +1,6 @@
 """The cards of bench/: both sides do the same work, and what drives a method changes nothing."""
 
+import json
 import math
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from phyla.training.device import choose_device
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
+import cards
 import driven
 import plain
 import steps
@@ -63,3 +65,27 @@ def test_what_a_fit_raises_reaches_the_card(digits):
         digits, device=CPU))
     with pytest.raises(RuntimeError, match="came to its end"):
         driver()
+
+
+def test_the_page_of_speed_is_written_from_the_cards():
+    assert f"{cards.BEGIN}\n{cards.block()}\n{cards.END}" in cards.PAGE.read_text(encoding="utf-8")
+
+
+def test_a_card_becomes_a_table_with_its_machine(tmp_path, monkeypatch):
+    facts = {"cpu": "a processor", "threads": 2, "torch": "2.15.0"}
+    rows = [{"method": "scan", "phyla ms": 1234.5, "x plain": 1.5, "x plain range": [1.25, 2]},
+            {"method": "simclr", "phyla ms": 20, "x plain": 0.9, "x plain range": [0.5, 1], "x lightly": 3}]
+    parts = {"steps": {"a": {"method": "scan", "ms": 5, "recorded": True}, "b": {"failed": "no", "at": 1.0}}}
+    held_by = {"steps": {"rows": rows, "options": {"repeats": 5}}, "gpu-one": {"gpu": "a GPU", "parts": parts}}
+    for name, held in held_by.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(facts | held))
+    monkeypatch.setattr(cards, "CARDS", tmp_path)
+    page = tmp_path / "speed.md"
+    page.write_text(f"before\n{cards.BEGIN}\nold\n{cards.END}\nafter\n")
+    monkeypatch.setattr(cards, "PAGE", page)
+    cards.write_page()
+    told = page.read_text()
+    assert told.startswith("before\n") and told.endswith("\nafter\n") and "old" not in told
+    assert "a processor, 2 threads; torch 2.15.0, medians of 5." in told and "a GPU; torch 2.15.0." in told
+    assert "| method | phyla ms | x plain | x lightly |" in told
+    assert "| scan | 1,234.5 | **1.5** (1.25 to 2) |  |" in told and "| scan | 5 | yes |" in told
