@@ -5,8 +5,10 @@
 All make SimCLR's views (resized crop, flip, color jitter, grey) of the same images and end in normalised float tensors,
 in batches of 256. Ours takes uint8 arrays. torchvision is transforms.v2 on PIL images in memory, in a DataLoader with
 one worker a core that stays alive. lightly is its SimCLRTransform in the same DataLoader, two views an image, with our
-strengths and no blur, which no other side has. kornia is an AugmentationSequential on float tensors that lie ready.
-Opponents that are not installed are left out.
+strengths and no blur, which no other side has. kornia is an AugmentationSequential on float tensors that lie ready; at
+224 pixels a batch of it can take a minute on a CPU. A turn of a loader is whole epochs of 1,024 images: its workers
+begin with it and end with it, and do not fetch ahead while another side is measured. Opponents that are not installed
+are left out.
 """
 
 import os
@@ -59,34 +61,36 @@ class Pictures(torch.utils.data.Dataset):
         self.pictures, self.transform = [Image.fromarray(image) for image in pixels], transform
 
     def __len__(self) -> int:
-        return len(self.pictures) * 1000
+        return len(self.pictures)
 
     def __getitem__(self, row: int) -> object:
-        return self.transform(self.pictures[row % len(self.pictures)])
+        return self.transform(self.pictures[row])
 
 
-def loaded(pixels: np.ndarray, transform: Callable[[Image.Image], object]) -> Iterator[object]:
-    """Yield batches of transformed images without end."""
+def epochs(pixels: np.ndarray, transform: Callable[[Image.Image], object]) -> Callable[[], int]:
+    """Return what makes an epoch of transformed images and tells how many views they were."""
     loader = torch.utils.data.DataLoader(Pictures(pixels, transform), BATCH, shuffle=True, drop_last=True,
                                          num_workers=os.cpu_count() or 1, persistent_workers=True)
-    while True:
-        yield from loader
+
+    def epoch() -> int:
+        return sum(len(batch) if isinstance(batch, Tensor) else sum(map(len, batch)) for batch in loader)
+
+    return epoch
 
 
-def by_torchvision(pixels: np.ndarray, size: int) -> Iterator[object]:
-    """Yield batches of torchvision's views without end."""
-    return loaded(pixels, v2.Compose([
+def by_torchvision(pixels: np.ndarray, size: int) -> Callable[[], int]:
+    """Return what makes an epoch of torchvision's views."""
+    return epochs(pixels, v2.Compose([
         v2.RandomResizedCrop(size, scale=(0.2, 1.0)), v2.RandomHorizontalFlip(),
         v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8), v2.RandomGrayscale(0.2), v2.PILToTensor(),
         v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]))
 
 
-def by_lightly(lightly: ModuleType, pixels: np.ndarray, size: int) -> Iterator[int]:
-    """Yield how many views each batch of lightly's has, without end."""
+def by_lightly(lightly: ModuleType, pixels: np.ndarray, size: int) -> Callable[[], int]:
+    """Return what makes an epoch of lightly's views, two an image."""
     transform = lightly.SimCLRTransform(input_size=size, cj_bright=0.4, cj_contrast=0.4, cj_sat=0.4, cj_hue=0.1,
                                         min_scale=0.2, gaussian_blur=0.0, normalize={"mean": MEAN, "std": STD})
-    for views in loaded(pixels, transform):
-        yield sum(map(len, views))
+    return epochs(pixels, transform)
 
 
 def by_kornia(kornia: ModuleType, pixels: np.ndarray, size: int) -> Iterator[Tensor]:
