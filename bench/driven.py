@@ -14,6 +14,7 @@ import threading
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,8 @@ from phyla.types import ImageSet, Neighbors
 
 Fit = Callable[[Device], object]
 N_CLUSTERS, N_EPOCHS = 10, 50  # no card comes to the end of the last epoch
+
+AT_ONCE = 1 << 40  # as unification_every: the weight that it has from the 80th epoch on, from the first
 
 _here = threading.local()  # the Steps of this thread, if it has any
 
@@ -137,8 +140,6 @@ def _note(owner: type, name: str) -> None:
     setattr(owner, name, noted)
 
 
-AT_ONCE = 1 << 40  # as unification_every: the weight that it has from the 80th epoch on, from the first
-
 
 def _count_entropy() -> None:
     usual = superand_module.unification_weight
@@ -215,9 +216,9 @@ def superand_later(images: ImageSet, *, width: int, batch: int) -> Fit:
     return lambda device: method.fit(images, device=device)
 
 
-def superand_alone(images: ImageSet, *, width: int, batch: int) -> Fit:
-    """Return ``superand_later`` with next to no network: pixels averaged, and the projection."""
-    method = _superand(_WithoutNetwork, images, width, batch, unification_every=AT_ONCE)
+def superand_alone(images: ImageSet, *, width: int, batch: int, **options: Any) -> Fit:
+    """Return ``superand`` with next to no network: pixels averaged, and the projection."""
+    method = _superand(_WithoutNetwork, images, width, batch, **options)
     return lambda device: method.fit(images, device=device)
 
 
@@ -261,12 +262,13 @@ def ruc(images: ImageSet, *, width: int, batch: int) -> Fit:
 
 METHODS: Mapping[str, Callable[..., Fit]] = {
     "simclr": simclr, "scan": scan, "selflabel": selflabel, "nnm": nnm, "ruc": ruc, "tsuc": tsuc,
-    "superand": superand, "superand+ue": superand_later, "superand+ue, no network": superand_alone,
+    "superand": superand, "superand+ue": superand_later, "superand, no network": superand_alone,
+    "superand+ue, no network": partial(superand_alone, unification_every=AT_ONCE),
 }
 """A fit of every method by name, of images, the network's width and the images of a batch."""
 
 BATCH = {"simclr": 512, "scan": 128, "selflabel": 1000, "nnm": 200, "ruc": 250, "tsuc": 128, "superand": 128,
-         "superand+ue": 128, "superand+ue, no network": 128}
+         "superand+ue": 128, "superand, no network": 128, "superand+ue, no network": 128}
 """Images of a batch as published for CIFAR-10."""
 
 FORWARDS = {"simclr": 6, "scan": 6, "selflabel": 4, "nnm": 9, "ruc": 15, "tsuc": 6, "superand": 12, "superand+ue": 12}

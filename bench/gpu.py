@@ -9,7 +9,8 @@ faithful one; views, neighbors, peaks of memory.
 
 Every row is in OUT/gpu.json as soon as it is known. The same command later, or on another machine with that file copied
 there, measures what is missing or failed, and leaves out, aloud, what no longer fits into the time. A failed row says
-why, and the others go on; where it left the GPU unusable the script starts itself anew. OUT/report.txt has the tables.
+why, and the others go on; where it left the GPU unusable, or hung, the script starts itself anew. A row that ended the
+process is not tried again. OUT/report.txt has the tables.
 
 FOLDER holds CIFAR-10 as ``cifar-10-batches-py``, or as lossless mosaics ``data_batch_*.webp``, ``test_batch.webp`` and
 ``labels.npz`` (of 10,000 images each, 100 a row; not all need be there), in it or one folder down. ``--data random``
@@ -21,6 +22,7 @@ import importlib.util
 import json
 import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Mapping, Sequence
@@ -45,24 +47,28 @@ except ModuleNotFoundError:
 
 FILE, REPORT = "gpu.json", "report.txt"
 SHORTEST = 5.0  # seconds under which nothing is begun
+DIED, NEVER_AGAIN = "the process ended, or hung, while this was measured; --again tries it once more", 1e18
 
 
 class Store:
     """Rows by part and name, in one file."""
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Path | None, *, again: bool = False) -> None:
         self.path = folder / FILE if folder else None
         self.parts: dict[str, dict[str, Row]] = {}
         self.notes: list[str] = []
         if self.path is not None and self.path.exists():
             self.parts = json.loads(self.path.read_text(encoding="utf-8"))["parts"]
+        for rows in self.parts.values() if again else ():
+            for name in [name for name, row in rows.items() if row.get("failed") == DIED]:
+                del rows[name]
 
     def rows(self, part: str) -> Mapping[str, Row]:
         """Return what is known of a part."""
         return self.parts.get(part, {})
 
     def has(self, part: str, name: str, *, since: float) -> bool:
-        """Return whether a row is known; one that failed is known only if it was tried ``since`` then."""
+        """Return whether a row is known; one that failed is known only if it was tried ``since`` then, or is fatal."""
         row = self.rows(part).get(name)
         return row is not None and ("failed" not in row or float(str(row["at"])) >= since)
 
@@ -88,8 +94,14 @@ def carry_out(store: Store, bench: Bench, parts: Sequence[str], *, started: floa
             if time.time() + item.seconds > until:
                 left_out.append(item.name)
                 continue
-            store.put(part, item.name, _measured(part, item))
-            if "failed" in store.rows(part)[item.name] and not _is_usable(bench):
+            store.put(part, item.name, {"failed": DIED, "at": NEVER_AGAIN})
+            hung = threading.Timer(3 * item.seconds + 60, _start_anew, (started, until))
+            hung.daemon = True
+            hung.start()
+            row = _measured(part, item)
+            hung.cancel()
+            store.put(part, item.name, row)
+            if "failed" in row and not _is_usable(bench):
                 _start_anew(started, until)
         if left_out:
             store.say(f"{part}: no time for {', '.join(left_out)}")
@@ -122,7 +134,7 @@ def _is_usable(bench: Bench) -> bool:
 def _start_anew(started: float, until: float) -> None:
     """Run the same command again in this process's place; what was measured is not measured again."""
     sys.stdout.flush()
-    kept = [word for word in sys.argv if not word.startswith(("--since=", "--until="))]
+    kept = [word for word in sys.argv if word != "--again" and not word.startswith(("--since=", "--until="))]
     os.execv(sys.executable, [sys.executable, *kept, f"--since={started}", f"--until={until}"])
 
 
@@ -216,7 +228,7 @@ def run(told: argparse.Namespace) -> Store:
     """Measure what the command line asks for, and return all that is known."""
     started = told.since or time.time()
     until = told.until or started + 60 * told.minutes
-    store = Store(told.out)
+    store = Store(told.out, again=told.again)
     for name, without in WANTED.items():
         if importlib.util.find_spec(name) is None:
             store.say(f"left out, as {name} is not installed: {without}")
@@ -240,6 +252,7 @@ def options(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--engines", nargs="+", choices=("eager", "graph", "compiled"))
     parser.add_argument("--quick", action="store_true", help="tiny networks and few images: to try the script")
+    parser.add_argument("--again", action="store_true", help="try rows once more that ended the process")
     parser.add_argument("--since", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     return parser.parse_args(words)

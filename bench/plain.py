@@ -383,7 +383,7 @@ def _apart(net: ClusterNet) -> tuple[nn.Module, list[nn.Linear], nn.Module]:
 
 METHODS: Mapping[str, Callable[..., Plain]] = {
     "simclr": simclr, "scan": scan, "selflabel": selflabel, "nnm": nnm, "ruc": ruc, "tsuc": tsuc, "superand": superand,
-    "superand+ue": lambda state: superand(state, entropy=True),
+    "superand, no network": superand, "superand+ue": lambda state: superand(state, entropy=True),
     "superand+ue, no network": lambda state: superand(state, entropy=True),
 }
 """Every method by the name that it has in `driven.METHODS`."""

@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+import threading
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -124,6 +125,31 @@ def test_a_gpu_left_unusable_is_taken_up_by_a_new_process(tmp_path, monkeypatch)
     assert called[0][1:3] == ["gpu.py", "--quick"] and called[0][3].startswith("--since=")
     since = called[0][3].removeprefix("--since=")
     assert "breaks" in run(tmp_path, "--parts", "tools", "--since", since)[1] and len(called) == 1, "not tried again"
+
+
+def test_a_row_that_ends_the_process_is_not_tried_again_unasked(tmp_path, monkeypatch):
+    tried = []
+
+    def work():
+        tried.append(len(tried))
+        if len(tried) == 1:
+            raise KeyboardInterrupt  # as a kill would
+        return {"of": "it"}
+
+    monkeypatch.setitem(gpu_parts.PARTS, "tools", lambda bench: [Item("ends", 1, work)])
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, "--parts", "tools")
+    assert "tools, ends FAILED: the process ended" in run(tmp_path, "--parts", "tools")[1] and tried == [0]
+    assert "FAILED" not in run(tmp_path, "--parts", "tools", "--again")[1] and tried == [0, 1]
+
+
+def test_a_row_that_hangs_is_left_by_a_new_process(tmp_path, monkeypatch):
+    called, waits, timer = [], threading.Event(), threading.Timer
+    monkeypatch.setattr(gpu.os, "execv", lambda program, words: (called.append(words), waits.set()))
+    monkeypatch.setattr(gpu.threading, "Timer", lambda after, *given: timer(0.01, *given))
+    monkeypatch.setitem(gpu_parts.PARTS, "tools", lambda bench: [Item("hangs", 1, lambda: {"of": waits.wait(5)})])
+    run(tmp_path, "--parts", "tools")
+    assert len(called) == 1
 
 
 def test_images_come_from_mosaics_however_many_there_are(tmp_path):
