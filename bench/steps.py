@@ -12,9 +12,15 @@ Super-AND is measured over a memory of 50,000 images: its first 80 epochs of a r
 next to no network, which leaves views, losses, memory and optimizer. On a CPU networks are narrower and batches smaller
 than published so that a step takes about a second; on a GPU they are those published. Sides take turns of a few
 seconds.
+
+"cpu ms" is the processor time of a step in all processes of a side, on Linux and a CPU. Clocks favor the side with more
+processes where other programs want the cores, too; processor time hardly sees them.
 """
 
 import argparse
+import os
+import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,6 +34,7 @@ from phyla.types import ImageSet
 
 TOLERANCE = 1e-3
 MEMORY = 50_000
+PAUSE = 0.5  # seconds in which a worker that has work uses some processor time
 
 
 def check(name: str, fit: driven.Fit) -> tuple[driven.First, float]:
@@ -67,6 +74,38 @@ def sides(name: str, images: ImageSet, fit: driven.Fit, first: driven.First, bat
     return found
 
 
+def processor(side: Side, n_steps: int = 6) -> float | None:
+    """Return the processor seconds of a step, worker processes included; None where the system does not tell."""
+    if not Path("/proc/self/stat").exists():
+        return None
+    before, started = _settled(), time.process_time()
+    for _ in range(n_steps):
+        side() if callable(side) else next(side)
+    spent = time.process_time() - started
+    return (spent + _settled() - before) / n_steps
+
+
+def _settled() -> float:
+    """Return the processor seconds of all workers so far, once they have filled their queues and wait."""
+    while True:
+        before = _workers()
+        time.sleep(PAUSE)
+        if _workers() == before:
+            return before
+
+
+def _workers() -> float:
+    total = 0
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = file.read_text(encoding="utf-8").rpartition(")")[2].split()
+        except OSError:  # it has ended
+            continue
+        if int(fields[1]) == os.getpid():
+            total += int(fields[11]) + int(fields[12])
+    return total / os.sysconf("SC_CLK_TCK")
+
+
 def card(name: str, told: argparse.Namespace, device: Device) -> Row:
     """Return the figures of one method."""
     is_gpu = device.device.type != "cpu"
@@ -78,11 +117,16 @@ def card(name: str, told: argparse.Namespace, device: Device) -> Row:
     first, apart = check(name, fit)
     running = sides(name, images, fit, first, batch, device)
     rates: Rates = compare(running, repeats=told.repeats, seconds=told.seconds)
+    row: Row = {"method": name, "width": width, "batch": batch, "images": n_images, "loss apart": short(apart, 2)}
+    row |= {f"{side} ms": short(1e3 * rates.seconds(side)) for side in running} | rates.ratio_row()
+    if not is_gpu:
+        spent = {side: processor(running[side]) for side in running}
+        row |= {f"{side} cpu ms": None if each is None else short(1e3 * each) for side, each in spent.items()}
+        ours = spent.pop("phyla")
+        row |= {f"x {side} cpu": short(each / ours, 3) for side, each in spent.items() if each and ours}
     for side in running.values():
         side.close()  # type: ignore[union-attr]
-    seconds = {f"{side} ms": short(1e3 * rates.seconds(side)) for side in running}
-    return {"method": name, "width": width, "batch": batch, "images": n_images, "loss apart": short(apart, 2),
-            **seconds} | rates.ratio_row()
+    return row
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,25 @@ def test_the_plain_side_trains_from_a_loader(name, digits):
     side = plain.steps(made, batches, CPU.device)
     assert [next(side) for _ in range(5)] == [1] * 5, "more than an epoch"
     assert any(not torch.equal(a, b) for a, b in zip(before, made.nets[0].parameters(), strict=True))
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="the system does not tell")
+def test_processor_time_counts_the_workers_and_not_the_waiting(monkeypatch):
+    monkeypatch.setattr(steps, "PAUSE", 0.15)
+
+    class Burns(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return 1000
+
+        def __getitem__(self, row: int) -> int:
+            end = time.process_time() + 0.05
+            while time.process_time() < end:
+                pass
+            return row
+
+    batches = iter(torch.utils.data.DataLoader(Burns(), 1, num_workers=1))
+    assert steps.processor((1 for _ in batches), n_steps=4) > 0.03
+    assert steps.processor(lambda: time.sleep(0.05), n_steps=2) < 0.03
 
 
 def test_driven_steps_are_those_of_the_fit(digits):
