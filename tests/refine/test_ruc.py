@@ -476,6 +476,9 @@ def test_cheap_needs_no_side(noise, net, threshold):
     fitted = tiny(views=small, forwards="cheap", confidence_threshold=bound, n_epochs=1, refurbish_threshold=2.0)
     fitted.fit(noise, net=net)
     assert fitted.clean_.sum() == (1 if threshold else 32) and np.isfinite(fitted.probabilities_).all()
+    if not threshold:  # no image to guess: each saw plain, strong and mixed views, and its peer's plain ones, twice
+        counts = [int(each.encoder.bn1.num_batches_tracked) for each in (*fitted.nets_, net)]
+        assert counts[:2] == [counts[2] + 8] * 2
 
 
 def test_a_lone_last_image_waits_for_another_pass(noise, net):

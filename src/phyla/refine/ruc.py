@@ -281,7 +281,7 @@ class RUC(ClusterMixin, BaseEstimator):
         state: dict[str, Stateful] = {"marks": marks, "net 0": nets[0], "net 1": nets[1],
                                       "optimizer 0": optimizers[0], "optimizer 1": optimizers[1]}
         counts: dict[str, Any] = {"clean": int(marks.clean.sum())}
-        forwards = [device.compiled(each) for each in nets]
+        forwards, n_clusters = [device.compiled(each) for each in nets], net.heads.n_clusters
 
         def advance(step: Step, batch: Tensor, who: int, threshold: float | Tensor, noisy_weight: float | Tensor,
                     *mixing: Any) -> None:
@@ -292,8 +292,8 @@ class RUC(ClusterMixin, BaseEstimator):
             with torch.no_grad():
                 shown = [each[step.part] for each in (plain, first, second)]
                 known = [each[step.part] for each in (clean, labels, weight)]
-                own_p = step.gather(_probabilities(own, shown[0], device))
-                targets = step.gather(self._targets(own, peer, shown, known, device))
+                own_p = step.gather(_probabilities(own, shown[0], device, n_clusters=n_clusters))
+                targets = step.gather(self._targets(own, peer, shown, known, device, n_clusters=n_clusters))
             marks.refurbish(rows, own_p, threshold=threshold)
             share, partner = mixing or self._mixing(step.generator, len(rows), device)
             mixed, mixed_targets = (share * each + (1 - share) * each[partner]
@@ -417,15 +417,16 @@ class RUC(ClusterMixin, BaseEstimator):
         share = mixing_share(self.mixup_alpha, source)
         return share, torch.randperm(2 * n_images, generator=source).to(device.device, non_blocking=True)
 
-    def _targets(self, own: Forward, peer: Forward, views: Sequence[Tensor], known: Sequence[Tensor], device: Device
-                 ) -> Tensor:
+    def _targets(self, own: Forward, peer: Forward, views: Sequence[Tensor], known: Sequence[Tensor], device: Device,
+                 *, n_clusters: int) -> Tensor:
         """Return the target of every image: its refined label where that is clean, else what the networks guess."""
         clean, labels, weight = known
         sure, unsure = (_chosen(rows, all_rows=self.forwards == "faithful") for rows in (clean, ~clean))
         plain, *weak = views
-        refined = co_refine(labels[sure], _probabilities(peer, plain[sure], device), weight[sure],
-                            temperature=self.sharpen_temperature)
-        guesses = [_probabilities(net, view[unsure], device) for net in (own, peer) for view in weak]
+        seen = _probabilities(peer, plain[sure], device, n_clusters=n_clusters)
+        refined = co_refine(labels[sure], seen, weight[sure], temperature=self.sharpen_temperature)
+        guesses = [_probabilities(net, view[unsure], device, n_clusters=n_clusters)
+                   for net in (own, peer) for view in weak]
         guessed = guess(torch.stack(guesses), temperature=self.sharpen_temperature)
         targets = torch.zeros(2, len(clean), refined.shape[1], dtype=refined.dtype, device=clean.device)
         targets[0, sure], targets[1, unsure] = refined, guessed
@@ -476,7 +477,9 @@ class RUC(ClusterMixin, BaseEstimator):
         log.info("robust: %s", notice)
 
 
-def _probabilities(net: Forward, views: Tensor, device: Device) -> Tensor:
+def _probabilities(net: Forward, views: Tensor, device: Device, *, n_clusters: int) -> Tensor:
+    if not len(views):  # a network is not asked, and BatchNorm does not count it
+        return views.new_zeros(0, n_clusters)
     with device.autocast():
         logits = net(device.arrange(views))[0]
     return _full(logits).softmax(dim=1)
