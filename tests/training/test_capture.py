@@ -23,7 +23,9 @@ from phyla.randomness import generator
 from phyla.refine.ruc import RUC
 from phyla.refine.selflabel import SelfLabel
 from phyla.training import capture
+from phyla.training.device import Device
 from phyla.training.loop import Loop, Step
+from phyla.training.options import make_optimizer
 from phyla.types import ImageSet, Neighbors
 from recording import GRAPH, record_on_tapes
 from tape import HostError
@@ -170,6 +172,43 @@ def test_a_step_whose_condition_fails_moves_nothing_and_logs_nothing(monkeypatch
     assert run.history[0]["loss"] == pytest.approx(3.0), "the one step that moved"
 
 
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_first_steps_that_are_stopped_leave_the_momentum_of_none(nesterov, monkeypatch):
+    def unwritten(like: torch.Tensor, **_: Any) -> torch.Tensor:
+        return torch.full_like(like, torch.nan if like.is_floating_point() else 0)
+
+    monkeypatch.setattr(torch, "empty_like", unwritten)
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([weight], 0.1, 0.9, nesterov=nesterov, fused=True)
+    run = Loop("x", Order(16, 4, 0), n_epochs=1, state={"optimizer": optimizer}, seed=0, device=GRAPH)
+    for step in run:
+        step.backward(weight.sum(), optimizer, only_if=torch.tensor(step.index >= 2))
+    plain = nn.Parameter(torch.ones(3))
+    moved = torch.optim.SGD([plain], 0.1, 0.9, nesterov=nesterov, fused=True)
+    monkeypatch.undo()
+    for _ in range(2):
+        plain.grad = torch.ones(3)
+        moved.step()
+    assert torch.equal(weight, plain)
+
+
+@pytest.mark.parametrize("name", ["adam", "sgd"])
+def test_a_checkpoint_of_another_engine_leaves_an_optimizer_its_own_way(name, tmp_path):
+    def trained(device: Device, n_epochs: int) -> torch.optim.Optimizer:
+        weight = nn.Parameter(torch.ones(3))
+        optimizer = make_optimizer(name, [weight], device, lr=0.1, momentum=0.9, weight_decay=0.0)
+        run = Loop("x", Order(12, 4, 0), n_epochs=n_epochs, state={"optimizer": optimizer}, seed=0, folder=tmp_path,
+                   device=device)
+        for step in run:
+            step.backward(weight.sum(), optimizer)
+        return optimizer
+
+    for device, n_epochs in ((Device(torch.device("cpu")), 1), (GRAPH, 2), (Device(torch.device("cpu")), 3)):
+        optimizer = trained(device, n_epochs)
+        assert [group["fused"] for group in optimizer.param_groups] == [True if device is GRAPH else None]
+        assert len(optimizer.state) == 1
+
+
 def test_what_cannot_be_recorded_runs_as_it_is_and_says_so(monkeypatch, caplog):
     def refuse(*_: Any) -> None:
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
@@ -181,6 +220,30 @@ def test_what_cannot_be_recorded_runs_as_it_is_and_says_so(monkeypatch, caplog):
     told = [record.getMessage() for record in caplog.records]
     assert told == ["steps run kernel by kernel: they cannot be recorded (operation not permitted when stream is "
                     "capturing)"]
+
+
+def test_what_cannot_be_recorded_draws_what_it_would_have_drawn(monkeypatch):
+    def broken(body: Callable[[], None], generator: torch.Generator, *_: Any) -> None:
+        body()
+        spoiled.append(generator)
+        raise RuntimeError("no")
+
+    monkeypatch.setattr("phyla.training.loop.Recorder", lambda *a: capture.Recorder(*a, record=broken))
+    drawn: dict[int, float] = {}
+    spoiled: list[torch.Generator] = []
+
+    def advance(step: Step) -> None:
+        assert step.generator not in spoiled, "a graph's generator gives nothing after a recording that broke off"
+        drawn[step.index] = float(torch.rand(1, generator=step.generator))
+
+    def body(step: Step, *_: Any) -> None:
+        torch.rand(1, generator=step.generator)  # as a method does that draws outside
+        step.run(advance)
+
+    train(body)
+    for index, value in drawn.items():
+        assert value == float(torch.rand(2, generator=generator(0, "x", index))[1])
+    assert len(drawn) == 15
 
 
 def test_a_recorded_run_goes_on_from_its_checkpoint(digits, tmp_path, monkeypatch):

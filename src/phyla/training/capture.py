@@ -40,10 +40,11 @@ class CudaGraph:
     def __init__(self, body: Callable[[], None], generator: torch.Generator,
                  stream: torch.cuda.Stream | None, pool: Any) -> None:
         self.graph = torch.cuda.CUDAGraph()
-        self.graph.register_generator_state(generator)
-        # Other threads, which read ahead or watch over processes, may go on calling CUDA meanwhile.
-        with torch.cuda.graph(self.graph, pool, stream, capture_error_mode="thread_local"):
-            body()
+        with torch.cuda.device(generator.device):  # where the graph keeps the generator's seed
+            self.graph.register_generator_state(generator)
+            # Other threads, which read ahead or watch over processes, may go on calling CUDA meanwhile.
+            with torch.cuda.graph(self.graph, pool, stream, capture_error_mode="thread_local"):
+                body()
 
     def replay(self) -> None:
         """Launch it."""
@@ -94,10 +95,14 @@ class Recorder:
             self.warm[kind] = self.warm.get(kind, 0) + 1
             self._as_it_is(lambda: body(step, *fixed))
             return
+        before = self.generator.get_state()
         try:
             recording = self.record(lambda: body(step, *fixed), self.generator, self.stream, self.pool)
         except RuntimeError as error:
             self.is_off = True
+            # The generator of a recording that broke off believes that it is recorded still, and gives nothing more.
+            self.generator = step.generator = torch.Generator(self.device)
+            self.generator.set_state(before)
             log.warning("steps run kernel by kernel: they cannot be recorded (%s)", str(error).splitlines()[0][:200])
             self._as_it_is(lambda: body(step, *fixed))
             return

@@ -148,6 +148,7 @@ class Step:
         if only_if is None or waits:
             optimizer.step()
         else:  # as a loss scaler stops a step without the host knowing of it
+            _begin_momentum(optimizer)
             optimizer.grad_scale, optimizer.found_inf = None, (~only_if).float()  # type: ignore[attr-defined]
             optimizer.step()
             del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
@@ -342,6 +343,8 @@ class Loop:
             return
         device = self.order.device
         for name, part in self.state.items():
+            if isinstance(part, torch.optim.Optimizer):
+                _keep_way(part, held["state"][name])
             part.load_state_dict(held["state"][name])
         self.memory.clear()
         self.memory.update(held["memory"])
@@ -376,6 +379,20 @@ class Loop:
             raise NonFiniteLossError(f"{self.name}: the loss is not finite at step {bad[0]}"
                                      f"{' and later ones' if len(bad) > 1 else ''}{kept}",
                                      f"lower the learning rate (--set {self.name}.lr=...) or look for damaged images")
+
+
+def _begin_momentum(optimizer: torch.optim.Optimizer) -> None:
+    # Of a first step that is stopped, SGD's momentum would be memory that nobody wrote; from zero all steps are alike.
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group.get("momentum") else ():
+            if optimizer.state[parameter].get("momentum_buffer") is None:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+
+def _keep_way(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    # How an optimizer computes is of this device and engine, not of those that wrote the checkpoint.
+    for held, own in zip(state["param_groups"], optimizer.param_groups, strict=True):
+        held.update({name: own[name] for name in ("fused", "foreach", "capturable") if name in own})
 
 
 _NEVER = 1 << 62
