@@ -405,7 +405,7 @@ class _Source:
         visited = None
         if options.global_targets == "visit_order":
             visited = torch.randperm(len(features), generator=generator(options.random_state, "visit order", epoch))
-        return self.device.group.share(global_matches(features, probabilities, visited=visited))
+        return self.device.group.share(global_matches(features, probabilities, visited=visited).cpu())
 
     def watched_probabilities(self, net: ClusterNet) -> Tensor:
         return forward_all(self.watched[0], net, net.probabilities, self.options.views.plain(), device=self.device)

@@ -356,9 +356,10 @@ class SuperAND(TransformerMixin, BaseEstimator):
         return embed(images, self.encoder_, self.views.plain()).values
 
     def _discover(self, memory: Float[Tensor, "images features"], round_: int) -> tuple[Int[Tensor, " images"], float]:
-        """Return the neighbors of a round's anchors, and the mean entropy of the memory."""
+        """Return the neighbors of a round's anchors, on the CPU, and the mean entropy of the memory."""
         entropy = memory_entropy(memory, temperature=self.temperature)
-        return (_neighbor_of_anchors(memory, entropy, self.n_anchors(round_, len(memory))), float(entropy.mean()))
+        neighbor = _neighbor_of_anchors(memory, entropy, self.n_anchors(round_, len(memory)))
+        return neighbor.cpu(), float(entropy.mean())
 
     def n_anchors(self, round_: int, n_images: int) -> int:
         """Return how many of the images are anchors in a round, counted from 0: none in the first, all in the end."""

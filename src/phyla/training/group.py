@@ -68,7 +68,10 @@ class Group:
         return values if self.size == 1 else cast(Tensor, _Total.apply(values))
 
     def share(self, value: T) -> T:
-        """Return the value that the first process gave, a plain value or tensors, on every process."""
+        """Return the value that the first process gave, a plain value or tensors on the CPU, on every process.
+
+        A tensor on a GPU would come to all of them on the first one's.
+        """
         if self.size == 1:
             return value
         held: list[Any] = [value if self.is_first else None]

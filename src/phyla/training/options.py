@@ -75,6 +75,8 @@ def make_optimizer(name: Literal["adam", "sgd"], parameters: Iterable[nn.Paramet
     fused = True if device.device.type == "cuda" or device.engine != "eager" else None
     if name == "adam":
         recorded = device.engine != "eager" and device.device.type == "cuda"
-        return torch.optim.Adam(parameters, lr, weight_decay=weight_decay, fused=fused, capturable=recorded)
+        adam = torch.optim.Adam(parameters, lr, weight_decay=weight_decay, fused=fused, capturable=recorded)
+        adam._warned_capturable_if_run_uncaptured = recorded  # steps that warm up are not to be wondered at
+        return adam
     return torch.optim.SGD(parameters, lr, momentum, weight_decay=weight_decay, nesterov=nesterov and momentum > 0,
                            fused=fused)
