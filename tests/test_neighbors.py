@@ -293,6 +293,15 @@ def test_threads_change_nothing(monkeypatch, n_threads):
     assert torch.get_num_threads() == threads, "the caller's threads are as they were"
 
 
+def test_threads_take_over_inference_mode(monkeypatch):
+    values = np.random.default_rng(3).normal(size=(600, 4)).astype(np.float32)
+    expected = find_neighbors(values, 3)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    with torch.inference_mode():
+        found = find_neighbors(values, 3)
+    assert np.array_equal(found.indices, expected.indices)
+
+
 def test_an_error_in_a_thread_ends_the_search(monkeypatch):
     monkeypatch.setattr(module, "_LEAST_ROWS", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)

@@ -232,6 +232,7 @@ class Finder:
         n_workers = max(1, min(n_threads, len(rows) // _LEAST_ROWS))
         step = max(1, min(self.block, -(-len(rows) // n_workers)))
         parts = [slice(start, min(start + step, len(rows))) for start in range(0, len(rows), step)]
+        inference = torch.is_inference_mode_enabled()  # each thread has its own
         idle: SimpleQueue[Finder] = SimpleQueue()
         for finder in (self, *(self.twin() for _ in range(n_workers - 1))):
             idle.put(finder)
@@ -239,7 +240,8 @@ class Finder:
         def work(part: slice) -> tuple[np.ndarray, np.ndarray]:
             finder = idle.get()
             try:
-                return finder.search_block(rows[part], candidates_of)
+                with torch.inference_mode(inference):
+                    return finder.search_block(rows[part], candidates_of)
             finally:
                 idle.put(finder)
 
