@@ -9,7 +9,7 @@ Choices are written as arithmetic on whole numbers, not as ``torch.where``: on a
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 
 import torch
 from jaxtyping import Float, Int, Shaped, UInt8
@@ -32,7 +32,7 @@ def constant(
     return _constant(tuple(values), torch.device(device), dtype)
 
 
-@lru_cache(maxsize=256)
+@cache  # a recorded step knows the address: none may go
 def _constant(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
     with torch.inference_mode(False):  # what is made in that mode can be of no use outside of it
         return torch.tensor(values, dtype=dtype, device=device)

@@ -68,13 +68,13 @@ class Group:
         return values if self.size == 1 else cast(Tensor, _Total.apply(values))
 
     def share(self, value: T) -> T:
-        """Return the value that the first process gave, a plain value or tensors on the CPU, on every process.
+        """Return the value that the first process gave, plain values or tensors, on every process.
 
-        A tensor on a GPU would come to all of them on the first one's.
+        With several processes tensors come on the CPU: on a GPU all of them would get the first one's.
         """
         if self.size == 1:
             return value
-        held: list[Any] = [value if self.is_first else None]
+        held: list[Any] = [_on_cpu(value) if self.is_first else None]
         _told(lambda: dist.broadcast_object_list(held, src=0, device=_device()))
         return cast(T, held[0])
 
@@ -147,6 +147,14 @@ def leave(group: Group) -> None:
     """End the connection to the other processes."""
     if group.size > 1 and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _on_cpu(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    if isinstance(value, dict):
+        return {name: _on_cpu(part) for name, part in value.items()}
+    return type(value)(map(_on_cpu, value)) if type(value) in (list, tuple) else value
 
 
 def _device() -> torch.device:

@@ -20,8 +20,8 @@ and replays it (``training/capture.py``), or several processes each run it on th
 (``training/group.py``).
 
 A checkpoint is written between two steps, at most every ``CHECKPOINT_SECONDS``, and holds all that the next step needs;
-random numbers come from (seed, step). A run killed at any moment and started again is therefore bit-equal, on one
-machine, to one that was never stopped.
+random numbers come from (seed, step). A run on a CPU that is killed at any moment and started again is therefore
+bit-equal, on one machine, to one that was never stopped; on a GPU sums may be taken in another order.
 """
 
 import logging
@@ -264,6 +264,9 @@ class Loop:
                     self.save()
         self._check()
         self.save()
+        for part in self.state.values():
+            if self.recorder is not None and isinstance(part, torch.optim.Optimizer):
+                part.zero_grad(set_to_none=True)  # gradients lie in the recordings' memory, which would stay with them
 
     def _step(self, index: int, *, early: bool = False) -> Step:
         """Return a step; one that is ``early`` is only to be looked at, and leaves the fixed places alone."""
