@@ -98,8 +98,10 @@ def carry_out(store: Store, bench: Bench, parts: Sequence[str], *, started: floa
             hung = threading.Timer(3 * item.seconds + 60, _start_anew, (started, until))
             hung.daemon = True
             hung.start()
-            row = _measured(part, item)
-            hung.cancel()
+            try:
+                row = _measured(part, item)
+            finally:
+                hung.cancel()
             store.put(part, item.name, row)
             if "failed" in row and not _is_usable(bench):
                 _start_anew(started, until)

@@ -245,7 +245,7 @@ def _told(record: Callable[..., Any], faults: list[str]) -> Callable[..., Any]:
 
 def _last_lines(trace: str) -> str:
     lines = [line.strip() for line in trace.splitlines() if line.strip()]
-    ours = [line for line in lines if "phyla" in line and line.startswith("File")]
+    ours = [line for line in lines if "src/phyla/" in line.replace("\\", "/") and line.startswith("File")]
     return " | ".join([*ours[-2:], lines[-1]])[:600]
 
 

@@ -193,3 +193,14 @@ def test_views_are_what_comes_before_the_network_and_idle_is_when_nothing_runs()
     assert traces.shares(found, 20e-6) == {"convolution": 0.3, "views": 0.2, "element-wise": 0.1, "optimizer": 0.1,
                                            "matrix product": 0.05, "idle": 0.3}
     assert traces.text(found, 2, n=1).split() == ["0.003", "ms", "1", "x", "convolution", "sm90_wgrad"]
+
+
+def test_a_stop_from_outside_leaves_no_alarm_behind(tmp_path, monkeypatch):
+    def stopped():
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(gpu_parts.PARTS, "tools", lambda bench: [Item("slow", 1, stopped)])
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, "--parts", "tools")
+    assert not any(isinstance(thread, threading.Timer) and not thread.finished.is_set()
+                   for thread in threading.enumerate())
