@@ -36,6 +36,7 @@ from phyla.nets.heads import ClusterHeads, ClusterNet
 from phyla.quality import neighbor_score
 from phyla.randomness import derive_seed, generator
 from phyla.storage import fingerprint
+from phyla.training.agreement import by_first
 from phyla.training.device import Device, choose_device
 from phyla.training.loop import Loop, Step
 from phyla.training.options import faults, make_optimizer, neighbor_faults
@@ -400,12 +401,11 @@ class _Source:
         features = forward_all(self.images, net, net.embed, views, device=self.device, seed=seed).float()
         with torch.no_grad():
             probabilities = net.heads.probabilities(features)
-        if not self.device.group.is_first:  # one search is enough
-            return self.device.group.share(torch.empty(0))
         visited = None
         if options.global_targets == "visit_order":
             visited = torch.randperm(len(features), generator=generator(options.random_state, "visit order", epoch))
-        return self.device.group.share(global_matches(features, probabilities, visited=visited).cpu())
+        # One search is enough for all processes.
+        return by_first(self.device.group, lambda: global_matches(features, probabilities, visited=visited))
 
     def watched_probabilities(self, net: ClusterNet) -> Tensor:
         return forward_all(self.watched[0], net, net.probabilities, self.options.views.plain(), device=self.device)

@@ -16,6 +16,7 @@ logarithm of 1 - p is exact where p is nearly 1; no label chooses a checkpoint; 
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -36,6 +37,7 @@ from phyla.nets.memory import HIDDEN_LOGIT, Entropy, Memory, memory_softmax
 from phyla.nets.resnet import Encoder, EncoderSpec, Scale, Scheme, initialise
 from phyla.randomness import generator
 from phyla.storage import fingerprint
+from phyla.training.agreement import by_first
 from phyla.training.device import Device, choose_device
 from phyla.training.loop import Loop, Step
 from phyla.training.options import faults, make_optimizer
@@ -331,8 +333,7 @@ class SuperAND(TransformerMixin, BaseEstimator):
         for step in run:
             round_, epoch = divmod(step.epoch, self.n_epochs)
             if round_ and epoch == step.position == 0:
-                kept["neighbor"], spread = device.group.share(
-                    self._discover(memory.rows, round_) if device.group.is_first else None) or (None, 0.0)
+                kept["neighbor"], spread = by_first(device.group, partial(self._discover, memory.rows, round_))
                 step.record(memory_entropy=spread)
             neighbor = kept["neighbor"] = _on(device.device, kept["neighbor"])
             weight = unification_weight(epoch, step=self.unification_step, every=self.unification_every)
@@ -356,10 +357,10 @@ class SuperAND(TransformerMixin, BaseEstimator):
         return embed(images, self.encoder_, self.views.plain()).values
 
     def _discover(self, memory: Float[Tensor, "images features"], round_: int) -> tuple[Int[Tensor, " images"], float]:
-        """Return the neighbors of a round's anchors, on the CPU, and the mean entropy of the memory."""
+        """Return the neighbors of a round's anchors, and the mean entropy of the memory."""
         entropy = memory_entropy(memory, temperature=self.temperature)
         neighbor = _neighbor_of_anchors(memory, entropy, self.n_anchors(round_, len(memory)))
-        return neighbor.cpu(), float(entropy.mean())
+        return neighbor, float(entropy.mean())
 
     def n_anchors(self, round_: int, n_images: int) -> int:
         """Return how many of the images are anchors in a round, counted from 0: none in the first, all in the end."""

@@ -43,6 +43,7 @@ from phyla.images.batches import Order, Pixels, Resident
 from phyla.progress import bar
 from phyla.randomness import derive_seed, generator
 from phyla.storage import read_checkpoint, remove_partial, write_checkpoint
+from phyla.training.agreement import by_first
 from phyla.training.capture import Body, Recorder
 from phyla.training.device import Device
 
@@ -341,7 +342,7 @@ class Loop:
         return held
 
     def _resume(self) -> None:
-        held = self.device.group.share(self._held() if self.device.group.is_first else None)
+        held = by_first(self.device.group, self._held)  # what is wrong with it is told to all, and none waits
         if held is None:
             return
         device = self.order.device
