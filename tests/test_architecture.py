@@ -14,7 +14,7 @@ SOURCE = ROOT / "src" / "phyla"
 
 LAYERS = (
     {"errors"}, {"storage", "progress", "randomness"}, {"types", "shards"}, {"tables"}, {"images"}, {"nets"},
-    {"training"}, {"candidates"}, {"embed", "neighbors", "quality"}, {"reciprocal", "index"},
+    {"training"}, {"candidates"}, {"embed", "neighbors", "quality"}, {"reciprocal", "index", "spaces"},
     {"pretrain", "cluster", "refine"}, {"layouts"}, {"classifier", "zoo", "rundir"}, {"evaluate"}, {"report"},
     {"pipeline"}, {"recipes"}, {"overrides"}, {"stages", "recorded", "top"}, {"runner"}, {"labelling"},
     {"prediction", "inventory"}, {"display", "launch"}, {"cli"},

@@ -104,14 +104,20 @@ class ImageSet:
 
 @dataclass(frozen=True, eq=False)
 class Embeddings:
-    """One vector an image: ``values`` float32 (n_images, n_features), rows in the order of ``ids``."""
+    """One vector an image: ``values`` float32 (n_images, n_features), rows in the order of ``ids``.
+
+    ``widths`` are the features of each encoder where several stand beside one another; empty for a single one.
+    """
 
     values: np.ndarray
     ids: Sequence[str]
+    widths: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.values.ndim != 2 or len(self.values) != len(self.ids):
             raise InputError(f"embeddings must be ({len(self.ids)}, n_features), got {self.values.shape}")
+        if self.widths and (min(self.widths) < 1 or sum(self.widths) != self.values.shape[1]):
+            raise InputError(f"widths {self.widths} must be at least 1 each and sum to {self.values.shape[1]}")
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -296,7 +296,7 @@ def _with_second(path: Path, held: Contents, second: Contents, encoder: Encoder,
             Part(second.encoder.state | second.heads.state, lambda name: f"net2.{name}"))
     others = _encoder(path, second, encoder.spec.stem), _heads(path, second, encoder.spec.n_features, None)
     both = summed([ClusterNet(encoder, heads), ClusterNet(others[0], cast(ClusterHeads, others[1]))]).eval()
-    return cast(Encoder, both.encoder), both.heads
+    return cast(Encoder, both.encoder), cast(ClusterHeads, both.heads)
 
 
 def _fixed_heads(path: Path, part: Part, n_projection: int) -> ClusterHeads:

@@ -7,7 +7,17 @@ import torch
 from torch import nn
 
 from phyla.errors import InputError
-from phyla.nets.heads import ClusterHeads, ClusterNet, NormalizedHeads, Projection, normalized
+from phyla.nets.heads import (
+    ClusterHeads,
+    ClusterNet,
+    MixtureHeads,
+    NormalizedHeads,
+    Projection,
+    SpaceProjection,
+    build_heads,
+    build_projection,
+    normalized,
+)
 from phyla.nets.resnet import EncoderSpec, initialise
 
 
@@ -270,3 +280,82 @@ def test_a_cluster_net_with_a_projection_is_heads_on_projection_on_encoder() -> 
     assert torch.equal(net(views), before), "it shares no projection either"
     net(views).sum().backward()
     assert all(parameter.grad.any() for parameter in projection.parameters())
+
+
+# ── projections of several spaces, mixtures of heads ──────────────────────────────────────────────────────────────────
+
+
+def mixture(groups: list[int] | None = None, n_members: int = 2) -> MixtureHeads:
+    heads = MixtureHeads(6, 4, n_members, groups)
+    for parameter in heads.parameters():
+        nn.init.normal_(parameter, generator=seeded(3))
+    return heads
+
+
+def test_a_mixture_averages_members_and_sums_groups() -> None:
+    heads, x = mixture([0, 1, 1, 2]), rows()
+    each = torch.stack([(x @ heads.weight[m].T + heads.bias[m]).softmax(dim=1) for m in range(2)]).mean(dim=0)
+    wanted = torch.stack([each[:, 0], each[:, 1] + each[:, 2], each[:, 3]], dim=1)
+    assert heads.probabilities(x).shape == (5, 1, 3)
+    assert torch.allclose(heads.probabilities(x)[:, 0], wanted, atol=1e-6)
+    assert torch.allclose(heads(x)[0].exp(), wanted, atol=1e-6)
+    assert (heads.n_heads, heads.n_clusters) == (1, 3)
+
+
+def test_a_mixture_of_one_is_a_linear_head() -> None:
+    heads, plain, x = mixture(n_members=1), ClusterHeads(6, 4), rows()
+    plain.weight.data, plain.bias.data = heads.weight.data, heads.bias.data
+    assert torch.allclose(heads.probabilities(x), plain.probabilities(x), atol=1e-6)
+
+
+def test_a_mixture_takes_gradients_and_survives_certainty() -> None:
+    heads = mixture()
+    heads.weight.data *= 1e4
+    found = heads(rows())
+    found.sum().backward()
+    assert found.isfinite().all()
+    assert heads.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("groups", [[0, 2, 2, 2], [0, 1], [1, 1, 1, 1], [-1, 0, 1, 1]])
+def test_groups_give_every_output_a_cluster_and_every_cluster_one(groups: list[int]) -> None:
+    with pytest.raises(InputError, match="groups"):
+        MixtureHeads(6, 4, groups=groups)
+
+
+def test_a_projection_of_spaces_gives_each_the_same_weight() -> None:
+    x = rows(n_features=5) * torch.tensor([1, 1, 100, 100, 100])
+    projected = SpaceProjection([2, 3])(x)
+    first, second = (nn.functional.normalize(part, dim=1) for part in (x[:, :2], x[:, 2:]))
+    assert torch.allclose(projected @ projected.T, (first @ first.T + second @ second.T) / 2, atol=1e-6)
+    assert torch.allclose(projected.norm(dim=1), torch.ones(5), atol=1e-6)
+
+
+def test_a_projection_moves_stretches_and_has_layers() -> None:
+    x = rows()
+    made = SpaceProjection([6], unit=False, hidden=[4, 3], activation="relu", out_unit=True)
+    made.shift, made.scale = torch.full((6,), 0.5), torch.arange(1.0, 7)
+    hidden = made.layers[1](made.layers[0]((x - 0.5) * torch.arange(1.0, 7)).relu())
+    assert torch.allclose(made(x), nn.functional.normalize(hidden, dim=1), atol=1e-6)
+    assert (made.n_features, made.n_out) == (6, 3)
+
+
+@pytest.mark.parametrize("made", [Projection(6, 4), Projection(6, 6, 0), SpaceProjection([2, 4], hidden=[3]),
+                                  SpaceProjection([6], unit=False, activation="relu", out_unit=True)])
+def test_a_projection_is_made_again_from_what_a_file_holds(made: Projection | SpaceProjection) -> None:
+    again = build_projection(made.spec())
+    again.load_state_dict(made.state_dict())
+    assert torch.equal(again(rows()), made(rows()))
+
+
+@pytest.mark.parametrize("heads", [made(), mixture([0, 1, 1, 0]), mixture()])
+def test_heads_are_made_again_from_what_a_file_holds(heads: ClusterHeads | MixtureHeads) -> None:
+    again = build_heads(heads.spec())
+    again.load_state_dict(heads.state_dict())
+    assert torch.equal(again(rows()), heads(rows()))
+
+
+@pytest.mark.parametrize("wrong", [{"widths": []}, {"widths": [0]}, {"widths": [3], "hidden": [0]}])
+def test_impossible_projections_are_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(InputError):
+        SpaceProjection(**wrong)

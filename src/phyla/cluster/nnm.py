@@ -248,8 +248,9 @@ class NNM(ClusterMixin, BaseEstimator):
             raise InputError("NNM needs the neighbors of the images", "phyla.neighbors.find_neighbors(embeddings, 20)")
         source = _Source(images, neighbors, copy.deepcopy(encoder), watched, self, device)
         key = self._key(images, neighbors, encoder, watched) if folder else ""
-        net = ClusterNet(source.encoder, ClusterHeads(source.n_features, self.n_clusters, self.n_heads))
-        net.heads.initialise(generator(self.random_state, "nnm heads"))
+        heads = ClusterHeads(source.n_features, self.n_clusters, self.n_heads)
+        heads.initialise(generator(self.random_state, "nnm heads"))
+        net = ClusterNet(source.encoder, heads)
         device.place(net).requires_grad_(True)
         net.encoder.requires_grad_(self.update == "all")
         trained = net if self.update == "all" else net.heads

@@ -160,8 +160,9 @@ class SCAN(ClusterMixin, BaseEstimator):
             raise fault
         key = self._key(images, neighbors, encoder, watched) if folder else ""
         source = self._open(images, neighbors, encoder, watched, device)
-        net = ClusterNet(source.encoder, ClusterHeads(source.n_features, self.n_clusters, self.n_heads))
-        net.heads.initialise(generator(self.random_state, "scan heads"))
+        heads = ClusterHeads(source.n_features, self.n_clusters, self.n_heads)
+        heads.initialise(generator(self.random_state, "scan heads"))
+        net = ClusterNet(source.encoder, heads)
         device.place(net).requires_grad_(True)
         net.encoder.requires_grad_(source.trains_encoder)
         trained = net if source.trains_encoder else net.heads

@@ -1,18 +1,20 @@
-"""Heads on an encoder: a projection onto the unit sphere, many cluster heads in one matmul, sums of networks."""
+"""Heads on an encoder: projections, many cluster heads in one matmul, mixtures of heads, sums of networks."""
 
 import copy
 import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from phyla.errors import InputError
+from phyla.errors import InputError, nearest
 from phyla.nets.resnet import Ensemble, ResNet, TwoStream
 
 Norm = Literal["feature_rows", "class_columns"]
+Activation = Literal["gelu", "relu"]
 
 
 class Projection(nn.Sequential):
@@ -40,6 +42,68 @@ class Projection(nn.Sequential):
     def spec(self) -> dict[str, int]:
         """Return the arguments that make a projection of this form, for a file."""
         return {"n_features": self.n_features, "n_out": self.n_out, "n_layers": self.n_layers}
+
+
+class SpaceProjection(nn.Module):
+    """What stands between the embeddings of frozen encoders and linear heads: (B, sum of widths) to (B, n_out).
+
+    Rows are moved by ``shift`` and stretched by ``scale`` (buffers; 0 and 1 unless set), each encoder's part of them is
+    scaled to length 1/sqrt(number of encoders), and then come the layers.
+
+    Parameters
+    ----------
+    widths : features of each encoder, beside one another in a row
+    unit : scale each encoder's part, so that an inner product is the mean of the encoders' cosines
+    hidden : features after each linear layer; none as a rule
+    activation : between two layers
+    out_unit : scale the result to length 1
+    """
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, widths: Sequence[int], *, unit: bool = True, hidden: Sequence[int] = (),
+                 activation: Activation = "gelu", out_unit: bool = False) -> None:
+        super().__init__()
+        if not widths or min(*widths, *hidden, 1) < 1:
+            raise InputError(f"a projection needs widths of at least 1, got {tuple(widths)} and {tuple(hidden)}")
+        if activation not in get_args(Activation):
+            raise InputError(f"activation={activation!r} is not known", nearest(activation, list(get_args(Activation))))
+        self.widths, self.unit, self.hidden = tuple(widths), unit, tuple(hidden)
+        self.activation, self.out_unit = activation, out_unit
+        self.register_buffer("shift", torch.zeros(self.n_features))
+        self.register_buffer("scale", torch.ones(self.n_features))
+        sizes = [self.n_features, *hidden]
+        self.layers = nn.ModuleList(nn.Linear(*pair) for pair in pairwise(sizes))
+
+    @property
+    def n_features(self) -> int:
+        """Features of what it takes."""
+        return sum(self.widths)
+
+    @property
+    def n_out(self) -> int:
+        """Features of the result."""
+        return self.hidden[-1] if self.hidden else self.n_features
+
+    def forward(self, embeddings: Float[Tensor, "batch features"]) -> Float[Tensor, "batch projection"]:
+        """Return the projected rows in float32 or better."""
+        rows = embeddings if embeddings.dtype == torch.float64 else embeddings.float()
+        rows = (rows - self.shift) * self.scale
+        if self.unit:
+            share = 1 / math.sqrt(len(self.widths))
+            parts = torch.split(rows, list(self.widths), dim=1)
+            rows = torch.cat([nn.functional.normalize(part, dim=1) * share for part in parts], dim=1)
+        for position, layer in enumerate(self.layers):
+            if position:
+                rows = nn.functional.gelu(rows) if self.activation == "gelu" else rows.relu()
+            rows = layer(rows)
+        return nn.functional.normalize(rows, dim=1) if self.out_unit else rows
+
+    def spec(self) -> dict[str, object]:
+        """Return the arguments that make a projection of this form, and its kind, for a file."""
+        return {"kind": "spaces", "widths": list(self.widths), "unit": self.unit, "hidden": list(self.hidden),
+                "activation": self.activation, "out_unit": self.out_unit}
 
 
 class ClusterHeads(nn.Module):
@@ -93,6 +157,74 @@ class ClusterHeads(nn.Module):
         return kept
 
 
+    def spec(self) -> dict[str, object]:
+        """Return the arguments that make heads of this form, for a file."""
+        return {"n_features": self.weight.shape[2], "n_clusters": self.n_clusters, "n_heads": self.n_heads}
+
+
+class MixtureHeads(nn.Module):
+    """Linear heads that are averaged, and whose outputs are summed in groups: one head to whoever uses it.
+
+    With M members and L outputs each, the probability of cluster c is the mean over the members of the sum over the
+    outputs j of group c of softmax(logits_m)_j. One member a space is TURTLE's classifier; groups are merged clusters.
+
+    Parameters
+    ----------
+    n_features, n_outputs, n_members : D, L and M: ``weight`` is (M, L, D) and ``bias`` (M, L)
+    groups : the cluster of each output, from 0; None: each output is a cluster
+    """
+
+    groups: Tensor
+
+    def __init__(self, n_features: int, n_outputs: int, n_members: int = 1,
+                 groups: Sequence[int] | Tensor | None = None) -> None:
+        super().__init__()
+        for name, value in (("n_features", n_features), ("n_outputs", n_outputs), ("n_members", n_members)):
+            if value < 1:
+                raise InputError(f"{name} must be at least 1, got {value}")
+        held = torch.arange(n_outputs) if groups is None else torch.as_tensor(groups, dtype=torch.int64).clone()
+        if held.shape != (n_outputs,) or not torch.equal(torch.unique(held), torch.arange(int(held.max()) + 1)):
+            raise InputError(f"groups must give each of {n_outputs} outputs a cluster, all from 0 on used, got "
+                             f"{held.tolist()[:20]}")
+        self.weight = nn.Parameter(torch.zeros(n_members, n_outputs, n_features))
+        self.bias = nn.Parameter(torch.zeros(n_members, n_outputs))
+        self.register_buffer("groups", held)
+        self._n_clusters = int(held.max()) + 1  # not asked of the device at every step
+
+    @property
+    def n_heads(self) -> int:
+        """1: the mixture is one head."""
+        return 1
+
+    @property
+    def n_clusters(self) -> int:
+        """Groups of outputs."""
+        return self._n_clusters
+
+    def forward(self, embeddings: Float[Tensor, "batch features"]) -> Float[Tensor, "heads batch clusters"]:
+        """Return the logarithms of the probabilities, which are logits as good as any, of the one head."""
+        flat = nn.functional.linear(embeddings, self.weight.flatten(0, 1), self.bias.flatten())
+        logits = flat if flat.dtype == torch.float64 else flat.float()
+        each = logits.reshape(len(flat), *self.bias.shape).softmax(dim=2).mean(dim=1)
+        summed = each.new_zeros(len(flat), self._n_clusters).index_add(1, self.groups, each)
+        return summed.clamp(min=torch.finfo(each.dtype).tiny).log()[None]
+
+    def probabilities(self, embeddings: Float[Tensor, "batch features"]) -> Float[Tensor, "batch heads clusters"]:
+        """Return the probabilities of the one head in float32 or better, images first."""
+        return self.forward(embeddings).softmax(dim=2).transpose(0, 1)
+
+    def only(self, head: int) -> "MixtureHeads":
+        """Return a copy; ``head`` is 0."""
+        if head != 0:
+            raise InputError(f"there is no head {head}", "a mixture is one head, 0")
+        return copy.deepcopy(self)
+
+    def spec(self) -> dict[str, object]:
+        """Return the arguments that make heads of this form, and their kind, for a file."""
+        return {"kind": "mixture", "n_features": self.weight.shape[2], "n_outputs": self.weight.shape[1],
+                "n_members": self.weight.shape[0], "groups": self.groups.tolist()}
+
+
 class NormalizedHeads(nn.Module):
     """Heads without bias whose weights are normalised, and which sharpen by a temperature: rows (B, D) to (H, B, K).
 
@@ -139,13 +271,29 @@ def normalized(weight: Float[Tensor, "*heads features clusters"], norm: Norm
     return nn.functional.normalize(weight, dim=-1 if norm == "feature_rows" else -2)
 
 
+Heads = ClusterHeads | MixtureHeads
+AnyProjection = Projection | SpaceProjection
+
+
+def build_projection(form: Mapping[str, Any]) -> AnyProjection:
+    """Return the projection whose ``spec()`` this is, with fresh weights."""
+    told = dict(form)
+    return SpaceProjection(**told) if told.pop("kind", None) == "spaces" else Projection(**told)
+
+
+def build_heads(form: Mapping[str, Any]) -> Heads:
+    """Return the heads whose ``spec()`` this is, with weights of 0."""
+    told = dict(form)
+    return MixtureHeads(**told) if told.pop("kind", None) == "mixture" else ClusterHeads(**told)
+
+
 class ClusterNet(nn.Module):
     """An encoder with cluster heads: views (B, 3, H, W) to logits (n_heads, B, n_clusters).
 
     With ``nn.Identity`` as the encoder it takes embeddings (B, D). A ``projection`` stands between encoder and heads.
     """
 
-    def __init__(self, encoder: nn.Module, heads: ClusterHeads, projection: Projection | None = None) -> None:
+    def __init__(self, encoder: nn.Module, heads: Heads, projection: AnyProjection | None = None) -> None:
         super().__init__()
         self.encoder, self.projection, self.heads = encoder, projection, heads
 
