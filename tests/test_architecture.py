@@ -17,7 +17,7 @@ LAYERS = (
     {"training"}, {"candidates"}, {"embed", "neighbors", "quality"}, {"reciprocal", "index", "spaces"},
     {"pretrain", "cluster", "refine"}, {"layouts"}, {"classifier", "zoo", "rundir"}, {"evaluate"}, {"report"},
     {"pipeline"}, {"recipes"}, {"overrides"}, {"stages", "recorded", "top"}, {"runner"}, {"labelling"},
-    {"prediction", "inventory"}, {"display", "launch"}, {"cli"},
+    {"prediction", "inventory", "onnx_file", "image_table"}, {"exports"}, {"display", "launch"}, {"cli"},
 )
 """Bottom to top: a module imports from layers below its own, and from its own folder."""
 

@@ -171,6 +171,9 @@ def test_pictures_are_sorted(tmp_path, tmp_path_factory):
     said = call("export", run, "--folders", tmp_path / "sorted")
     assert said == (0, "", f"{N_PICTURES} images in {tmp_path / 'sorted'}\n")
     assert call("export", run, "--folders", tmp_path / "linked", "--link", "-q") == (0, "", "")
+    said = call("export", run, "--folders", tmp_path / "both", "--parquet", tmp_path / "t.parquet", "--embeddings")
+    told = [f"{N_PICTURES} images in {tmp_path / name}\n" for name in ("both", "t.parquet")]
+    assert said == (0, "", "".join(told))
 
 
 def test_a_published_checkpoint_is_taken_in(tmp_path):
@@ -330,6 +333,9 @@ MISTAKES = {
     "show a folder": ("show photos", "photos is not a run folder"),
     "predict without a run": ("predict photos photos", "photos holds no classifier.*finished run"),
     "export without a run": ("export empty --folders new", "empty holds no finished run"),
+    "export nothing": ("export empty", "nothing to export.*--onnx FILE"),
+    "export a network without a run": ("export empty --onnx new.onnx", "empty holds no classifier"),
+    "export a table of another kind": ("export empty --parquet new.csv", "cannot write a Parquet table to 'new.csv'"),
     "import nothing": ("import nowhere.pth.tar --out new", "there is no checkpoint nowhere.pth.tar"),
     "import text": ("import bad.toml --out new --stem cifr", "stem='cifr' is not known.*did you mean cifar"),
 }

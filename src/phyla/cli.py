@@ -162,19 +162,27 @@ def predict(run: Annotated[Path, typer.Argument(metavar="RUN", help="the folder 
 
 @app.command()
 def export(run: Annotated[Path, typer.Argument(metavar="RUN", help="the folder of a finished run")],
-           folders: Annotated[Path, typer.Option(help="write the images into one folder a cluster, below this one")],
-           min_confidence: Annotated[float, typer.Option(help="leave images below this confidence in 'unsure'")] = 0.0,
-           link: Annotated[bool, typer.Option("--link", help="make links instead of copies")] = False,
+           onnx: Annotated[Path | None, typer.Option(help="write the classifier as an .onnx file: pixels in, "
+                                                     "probabilities out, without torch", show_default=False)] = None,
+           parquet: Annotated[Path | None, typer.Option(help="write a .parquet table of the images, for DuckDB, "
+                                                        "FiftyOne and Embedding Atlas", show_default=False)] = None,
+           embeddings: Annotated[bool, typer.Option("--embeddings", help="with --parquet: embeddings, too")] = False,
+           folders: Annotated[Path | None, typer.Option(help="write the images into one folder a cluster, below this "
+                                                        "one", show_default=False)] = None,
+           min_confidence: Annotated[float, typer.Option(help="with --folders: leave images below this confidence in "
+                                                         "'unsure'")] = 0.0,
+           link: Annotated[bool, typer.Option("--link", help="with --folders: make links instead of copies")] = False,
            quiet: Quiet = False) -> None:
-    """Sort a run's images into one folder a cluster."""
+    """Ship a run's result: an ONNX classifier, a Parquet table, a folder a cluster; any of them at once."""
     from phyla.display import showing
 
     with showing(quiet=quiet):
-        from phyla.prediction import export_folders
+        from phyla.exports import export_run
 
-        n = export_folders(run, folders, min_confidence=min_confidence, link=link)
-    if not quiet:
-        _say(f"{n} images in {folders}")
+        told = export_run(run, onnx=onnx, parquet=parquet, embeddings=embeddings, folders=folders,
+                          min_confidence=min_confidence, link=link)
+    for line in () if quiet else told:
+        _say(line)
 
 
 class Listed(StrEnum):

@@ -139,7 +139,7 @@ class ClusterHeads(nn.Module):
     def forward(self, embeddings: Float[Tensor, "batch features"]) -> Float[Tensor, "heads batch clusters"]:
         """Return the logits of every head."""
         flat = nn.functional.linear(embeddings, self.weight.flatten(0, 1), self.bias.flatten())
-        return flat.reshape(len(flat), *self.bias.shape).transpose(0, 1)
+        return flat.reshape(flat.shape[0], *self.bias.shape).transpose(0, 1)
 
     def probabilities(self, embeddings: Float[Tensor, "batch features"]) -> Float[Tensor, "batch heads clusters"]:
         """Return the softmax of every head in float32 or better, images first."""
@@ -205,8 +205,8 @@ class MixtureHeads(nn.Module):
         """Return the logarithms of the probabilities, which are logits as good as any, of the one head."""
         flat = nn.functional.linear(embeddings, self.weight.flatten(0, 1), self.bias.flatten())
         logits = flat if flat.dtype == torch.float64 else flat.float()
-        each = logits.reshape(len(flat), *self.bias.shape).softmax(dim=2).mean(dim=1)
-        summed = each.new_zeros(len(flat), self._n_clusters).index_add(1, self.groups, each)
+        each = logits.reshape(flat.shape[0], *self.bias.shape).softmax(dim=2).mean(dim=1)
+        summed = each.new_zeros(flat.shape[0], self._n_clusters).index_add(1, self.groups, each)
         return summed.clamp(min=torch.finfo(each.dtype).tiny).log()[None]
 
     def probabilities(self, embeddings: Float[Tensor, "batch features"]) -> Float[Tensor, "batch heads clusters"]:

@@ -141,20 +141,8 @@ class EmbeddingMap:
     def of(cls, embeddings: np.ndarray, assignment: Assignment, *, limit: int = MAP_LIMIT,
            seed: int = 0) -> "EmbeddingMap":
         """Return the map of all images, or of ``limit`` drawn at random; t-SNE from 30 images on, else PCA."""
-        n_images = len(embeddings)
-        rows = np.sort(np.random.default_rng(seed).choice(n_images, min(limit, n_images), replace=False))
-        values = np.asarray(embeddings[rows], dtype=np.float64)
-        reduced = _principal(values, min(_PCA_DIMENSIONS, *values.shape), seed)
-        spread = reduced[:, 0].std() if reduced.size else 0.0
-        if len(rows) < _TSNE_LEAST or spread == 0:
-            return cls(rows, _unit(reduced), assignment.labels[rows], "PCA", n_images)
-        start = np.zeros((len(rows), 2))
-        start[:, : reduced.shape[1]] = reduced[:, :2] / spread * 1e-4
-        perplexity = min(30.0, (len(rows) - 1) / 3)
-        tsne = TSNE(perplexity=perplexity, init=start, max_iter=_TSNE_STEPS, random_state=seed)
-        with threadpool_limits(1, user_api="openmp"):  # more threads gain little, and lose much on a busy machine
-            points = tsne.fit_transform(reduced)
-        return cls(rows, _unit(points), assignment.labels[rows], "t-SNE", n_images)
+        rows, points, method = lay_out(embeddings, limit=limit, seed=seed)
+        return cls(rows, points, assignment.labels[rows], method, len(embeddings))
 
     def centers(self) -> dict[int, tuple[float, float]]:
         """Return the median point of each cluster that is on the map."""
@@ -165,6 +153,23 @@ class EmbeddingMap:
         """Return one row a cluster on the map: points shown and their median place."""
         return [{"cluster": names[c], "points": int((self.labels == c).sum()), "median x": x, "median y": y}
                 for c, (x, y) in self.centers().items()]
+
+
+def lay_out(embeddings: np.ndarray, *, limit: int = MAP_LIMIT, seed: int = 0) -> tuple[np.ndarray, np.ndarray, str]:
+    """Return rising rows, their places on the map (n_points, 2), each axis from 0 to 1, and how they were found."""
+    n_images = len(embeddings)
+    rows = np.sort(np.random.default_rng(seed).choice(n_images, min(limit, n_images), replace=False))
+    values = np.asarray(embeddings[rows], dtype=np.float64)
+    reduced = _principal(values, min(_PCA_DIMENSIONS, *values.shape), seed)
+    spread = reduced[:, 0].std() if reduced.size else 0.0
+    if len(rows) < _TSNE_LEAST or spread == 0:
+        return rows, _unit(reduced), "PCA"
+    start = np.zeros((len(rows), 2))
+    start[:, : reduced.shape[1]] = reduced[:, :2] / spread * 1e-4
+    perplexity = min(30.0, (len(rows) - 1) / 3)
+    tsne = TSNE(perplexity=perplexity, init=start, max_iter=_TSNE_STEPS, random_state=seed)
+    with threadpool_limits(1, user_api="openmp"):  # more threads gain little, and lose much on a busy machine
+        return rows, _unit(tsne.fit_transform(reduced)), "t-SNE"
 
 
 def _principal(values: np.ndarray, n_components: int, seed: int) -> np.ndarray:
