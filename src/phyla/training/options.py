@@ -66,16 +66,17 @@ def neighbor_faults(*sets: tuple[Sized, Neighbors | None] | None) -> Iterator[In
                              f"images, not of {len(images)}", "find them again for these images")
 
 
-def make_optimizer(name: Literal["adam", "sgd"], parameters: Iterable[nn.Parameter], device: Device, *, lr: float,
+def make_optimizer(name: Literal["adam", "adamw", "sgd"], parameters: Iterable[nn.Parameter], device: Device, *, lr: float,
                    momentum: float, weight_decay: float, nesterov: bool = False) -> torch.optim.Optimizer:
-    """Return Adam (L2 decay inside the gradient, not AdamW; it takes no ``momentum``) or SGD with momentum.
+    """Return Adam (L2 decay inside the gradient), AdamW (decay apart from it) or SGD with momentum.
 
-    Without momentum ``nesterov`` means nothing. On a GPU, and where steps are recorded, one kernel moves everything.
+    Neither Adam takes a ``momentum``. Without momentum ``nesterov`` means nothing. On a GPU, and where steps are recorded, one kernel moves everything.
     """
     fused = True if device.device.type == "cuda" or device.engine != "eager" else None
-    if name == "adam":
+    if name in ("adam", "adamw"):
         recorded = device.engine != "eager" and device.device.type == "cuda"
-        adam = torch.optim.Adam(parameters, lr, weight_decay=weight_decay, fused=fused, capturable=recorded)
+        kind = torch.optim.AdamW if name == "adamw" else torch.optim.Adam
+        adam = kind(parameters, lr, weight_decay=weight_decay, fused=fused, capturable=recorded)
         adam._warned_capturable_if_run_uncaptured = recorded  # steps that warm up are not to be wondered at
         return adam
     return torch.optim.SGD(parameters, lr, momentum, weight_decay=weight_decay, nesterov=nesterov and momentum > 0,
