@@ -70,6 +70,24 @@ def scan_loss(anchor_logits: Rows, neighbor_logits: Rows, *, entropy_weight: flo
     return consistency - entropy_weight * entropy(average), consistency, entropy(average)
 
 
+def temi_loss(student: np.ndarray, teacher: np.ndarray, marginal: Rows | None, *, beta: float,
+              weighted: bool) -> list[float]:
+    """Return the loss of each head; logits are (2, heads, batch, clusters), anchors and then neighbors."""
+    n_heads, n_rows, n_clusters = student.shape[1:]
+    q, t = ([[[softmax(row) for row in head] for head in side] for side in given] for given in (student, teacher))
+    weights = [mean([dot(t[0][h][i], t[1][h][i]) for h in range(n_heads)]) if weighted else 1 for i in range(n_rows)]
+    losses = []
+    for h in range(n_heads):
+        total = 0.0
+        for i in range(n_rows):
+            for own, other in ((0, 1), (1, 0)):
+                shared = [(q[own][h][i][c] * t[other][h][i][c]) ** beta / (1 if marginal is None else marginal[h][c])
+                          for c in range(n_clusters)]
+                total += weights[i] * math.log(math.fsum(shared))
+        losses.append(-total / (2 * n_rows))
+    return losses
+
+
 def class_contrast(anchors: Rows, positives: Rows) -> float:
     """Return the cross-entropy of each column, scaled to length 1, picking its own among those of ``positives``."""
     first, second = ([unit(column) for column in zip(*rows, strict=True)] for rows in (anchors, positives))

@@ -66,11 +66,12 @@ def neighbor_faults(*sets: tuple[Sized, Neighbors | None] | None) -> Iterator[In
                              f"images, not of {len(images)}", "find them again for these images")
 
 
-def make_optimizer(name: Literal["adam", "adamw", "sgd"], parameters: Iterable[nn.Parameter], device: Device, *, lr: float,
-                   momentum: float, weight_decay: float, nesterov: bool = False) -> torch.optim.Optimizer:
+def make_optimizer(name: Literal["adam", "adamw", "sgd"], parameters: Iterable[nn.Parameter], device: Device, *,
+                   lr: float, momentum: float, weight_decay: float, nesterov: bool = False) -> torch.optim.Optimizer:
     """Return Adam (L2 decay inside the gradient), AdamW (decay apart from it) or SGD with momentum.
 
-    Neither Adam takes a ``momentum``. Without momentum ``nesterov`` means nothing. On a GPU, and where steps are recorded, one kernel moves everything.
+    Neither Adam takes a ``momentum``. Without momentum ``nesterov`` means nothing. On a GPU, and where steps are
+    recorded, one kernel moves everything.
     """
     fused = True if device.device.type == "cuda" or device.engine != "eager" else None
     if name in ("adam", "adamw"):
