@@ -29,7 +29,7 @@ _HOMES = {
     "Scores": "phyla.types", "Classifier": "phyla.classifier", "Pipeline": "phyla.pipeline",
     "KMeans": "phyla.cluster.kmeans",
     "SCAN": "phyla.cluster.scan", "SelfLabel": "phyla.refine.selflabel", "SimCLR": "phyla.pretrain.simclr",
-    "SuperAND": "phyla.pretrain.superand", "TSUC": "phyla.cluster.tsuc",
+    "SuperAND": "phyla.pretrain.superand", "TEMI": "phyla.cluster.temi", "TSUC": "phyla.cluster.tsuc",
     "count_classes": "phyla.counting", "find_neighbors": "phyla.neighbors", "from_array": "phyla.images.arrays",
     "open_images": "phyla.images.sources", "recipe": "phyla.recipes",
 }
