@@ -14,8 +14,8 @@ SOURCE = ROOT / "src" / "phyla"
 
 LAYERS = (
     {"errors"}, {"storage", "progress", "randomness"}, {"types", "shards"}, {"tables"}, {"images"}, {"nets"},
-    {"training"}, {"candidates", "centers"}, {"embed", "neighbors", "quality", "criteria"},
-    {"reciprocal", "index", "spaces"}, {"counting"},
+    {"training"}, {"candidates", "centers"}, {"embed", "neighbors", "criteria"},
+    {"reciprocal", "index", "spaces"}, {"generalization"}, {"quality"}, {"counting"},
     {"pretrain", "cluster", "refine"}, {"layouts"}, {"classifier", "zoo", "rundir"}, {"evaluate"}, {"report"},
     {"pipeline"}, {"recipes"}, {"overrides"}, {"stages", "recorded", "top"}, {"runner"}, {"labelling"},
     {"prediction", "inventory", "onnx_file", "image_table"}, {"exports"}, {"display", "launch"}, {"cli"},

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from phyla.errors import InputError
+from phyla.generalization import generalization_score as generalization_score
 from phyla.types import Neighbors
 
 _LOG_FLOOR = -100.0  # of log(p_i·p_j): the published code's, so that one contradiction does not make a score infinite
