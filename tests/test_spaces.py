@@ -57,3 +57,8 @@ def test_what_is_no_space_is_refused(wrong: Space, told: str) -> None:
 def test_widths_must_fit_the_embeddings() -> None:
     with pytest.raises(InputError, match="widths"):
         Embeddings(FIRST, list("abcde"), widths=(1, 2))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_scaled_rows_keep_their_precision(dtype: type[np.floating]) -> None:
+    assert scaled([FIRST.astype(dtype), SECOND.astype(dtype)]).dtype == dtype

@@ -4,6 +4,7 @@ A clusterer of embeddings takes one array (n, d), ``Embeddings`` whose ``widths`
 gave, or a list of arrays with one row an image each.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -51,7 +52,7 @@ def scaled(embeddings: Space, *, center: bool = False) -> np.ndarray:
 def _unit(rows: np.ndarray, n_spaces: int) -> np.ndarray:
     tiny = np.finfo(rows.dtype).tiny
     rows = rows / np.maximum(np.abs(rows).max(axis=1, keepdims=True), tiny)
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True) * np.sqrt(n_spaces), tiny)
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True) * math.sqrt(n_spaces), tiny)
 
 
 def _floats(array: np.ndarray) -> np.ndarray:

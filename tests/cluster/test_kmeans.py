@@ -8,12 +8,14 @@ import torch
 from sklearn.base import clone
 from sklearn.datasets import load_digits
 from sklearn.exceptions import NotFittedError
+from torch import nn
 
 from phyla.cluster import kmeans as module
-from phyla.cluster.kmeans import KMeans
+from phyla.cluster.kmeans import KMeans, spherical_centers
 from phyla.errors import CollapseWarning, InputError
 from phyla.evaluate.matching import hungarian_accuracy
 from phyla.evaluate.metrics import nmi
+from phyla.nets.heads import ClusterNet
 from phyla.types import Assignment, Embeddings
 
 
@@ -149,13 +151,15 @@ def test_fewer_distinct_rows_than_clusters_is_said_once():
     ({"n_init": 0}, "n_init must be at least 1"),
     ({"n_iterations": 0}, "n_iterations must be at least 1"),
     ({"temperature": -1.0}, "temperature must be at least 0, got -1.0"),
+    ({"spherical": True, "normalize": False}, "spherical k-means needs rows of length 1. hint: set normalize=True, or "
+                                              "spherical=False"),
     ({"temperature": float("nan")}, "temperature must be at least 0, got nan"),
 ])
 def test_options_that_cannot_be(options, says):
     with pytest.raises(InputError, match=says):
         KMeans(**{"n_clusters": 3} | options).fit(np.random.default_rng(0).standard_normal((12, 3)))
     told = [str(fault) for fault in KMeans(**{"n_clusters": 3} | options).option_faults()]
-    assert told == ([] if "images" in says else [f"{says}, got 0"] if "got" not in says else [says]), "without images"
+    assert told == ([] if "images" in says else [says] if "got" in says or "hint" in says else [f"{says}, got 0"])
 
 
 def test_embeddings_that_cannot_be():
@@ -183,3 +187,72 @@ def test_a_linear_head_gives_the_same_probabilities(normalize):
     seen = rows / np.linalg.norm(rows, axis=1, keepdims=True) if normalize else rows
     found = fitted.as_linear().probabilities(torch.from_numpy(seen))[:, 0].detach().numpy()
     np.testing.assert_allclose(found, fitted.probabilities_, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"normalize": False}, {"spherical": True}], ids=str)
+@pytest.mark.parametrize("widths", [(6,), (2, 4)])
+def test_parts_give_raw_embeddings_the_same_probabilities(options, widths):
+    rows = (3 + np.random.default_rng(0).normal(size=(50, 6))).astype(np.float32)
+    fitted = KMeans(n_clusters=4, temperature=0.3, **options).fit(Embeddings(rows, [str(i) for i in range(50)], widths))
+    projection, heads = fitted.as_parts()
+    with torch.no_grad():
+        found = ClusterNet(nn.Identity(), heads, projection).probabilities(torch.from_numpy(rows))[:, 0].numpy()
+    np.testing.assert_allclose(found, fitted.probabilities_, atol=1e-5)
+    assert fitted.n_features_in_ == 6
+
+
+def test_two_spaces_count_alike_whatever_their_scale():
+    rows, groups = blobs()
+    noise = 1000 * np.random.default_rng(1).normal(size=(120, 3))
+    fitted = KMeans(n_clusters=4).fit([rows, noise])
+    again = KMeans(n_clusters=4).fit([7 * rows, noise / 1000])
+    assert same_partition(fitted.labels_, again.labels_)
+    assert not same_partition(KMeans(n_clusters=4, normalize=False).fit([rows, noise]).labels_, groups)
+    with pytest.raises(InputError, match="embeddings of 3 and 4 features do not fit centers of 4 and 3"):
+        fitted.predict([noise, rows])
+
+
+# ── spherical ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_spherical_centers_have_length_1_and_are_what_their_rows_point_to(dtype):
+    rows = np.random.default_rng(0).normal(size=(200, 5)).astype(dtype)
+    fitted = KMeans(n_clusters=6, spherical=True, n_init=2).fit(rows)
+    unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    cosines = unit @ fitted.cluster_centers_.T
+    assert fitted.cluster_centers_.dtype == dtype
+    assert fitted.labels_.tolist() == cosines.argmax(axis=1).tolist()
+    assert fitted.inertia_ == pytest.approx((2 - 2 * cosines.max(axis=1)).sum(), rel=1e-5)
+    for c, center in enumerate(fitted.cluster_centers_):
+        towards = unit[fitted.labels_ == c].sum(axis=0)
+        np.testing.assert_allclose(center, towards / np.linalg.norm(towards), atol=1e-5)
+
+
+def test_spherical_keeps_the_best_start_and_does_not_depend_on_blocks(monkeypatch):
+    rows = np.random.default_rng(0).normal(size=(200, 5))
+    sums = [KMeans(n_clusters=6, spherical=True, n_init=n).fit(rows).inertia_ for n in (1, 3, 20)]
+    assert sums[0] >= sums[1] >= sums[2] and sums[0] > sums[2]
+    whole = KMeans(n_clusters=6, spherical=True, n_init=1).fit(rows)
+    monkeypatch.setattr(module, "_DISTANCES", 100)
+    parts = KMeans(n_clusters=6, spherical=True, n_init=1).fit(rows)
+    assert np.array_equal(parts.labels_, whole.labels_)
+    np.testing.assert_allclose(parts.cluster_centers_, whole.cluster_centers_)
+
+
+def test_a_spherical_center_that_lost_its_rows_goes_to_the_farthest():
+    rows = np.array([[1.0, 0], [1, 0], [0.6, 0.8]])
+    start = np.array([[1.0, 0], [-1, 0]])  # nobody is nearest to the second
+    centers, total = spherical_centers(rows, start, n_iterations=10)
+    np.testing.assert_allclose(centers, [[1, 0], [0.6, 0.8]], atol=1e-12)
+    assert total == pytest.approx(0, abs=1e-12)
+
+
+def test_spherical_recovers_directions_and_says_when_clusters_are_empty():
+    rows, groups = blobs()
+    assert same_partition(KMeans(n_clusters=4, spherical=True).fit(rows).labels_, groups)
+    assert KMeans(n_clusters=1, spherical=True).fit(np.ones((5, 2))).labels_.tolist() == [0] * 5
+    with pytest.warns(CollapseWarning, match="filled only 2 of n_clusters=5"):
+        found = KMeans(n_clusters=5, spherical=True).fit(np.repeat(np.eye(2), 10, axis=0))
+    assert np.isfinite(found.probabilities_).all()
+    assert np.isfinite(KMeans(n_clusters=2, spherical=True).fit(np.array([[0.0, 0], [1, 0], [0, 1]])).inertia_)

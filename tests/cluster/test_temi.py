@@ -273,12 +273,12 @@ def test_constant_features_and_more_components_than_features_change_nothing_much
     assert hungarian_accuracy(true, fitted.labels_) == 1.0
 
 
-def test_quick_takes_as_many_steps_whatever_the_number_of_images():
-    for n_images in (200, 500, 10_000, 40_000):
-        quick = TEMI.quick(10, n_images)
-        assert 700 < quick.n_epochs * (n_images // min(quick.batch_size, n_images)) < 900
-        assert quick.warmup_epochs <= quick.n_epochs / 5
-    assert TEMI.quick(10, 10**6).n_epochs == 2 and TEMI.quick(500, 10**4).batch_size == 2000
+def test_steps_in_the_place_of_epochs():
+    fitted = tiny(n_epochs=77, n_steps=20, lr=0.01).fit(blobs()[0])
+    assert len(fitted.history_) == 7, "of three steps each"
+    assert [record["lr"] for record in fitted.history_[:2]] == pytest.approx([0.01 * 20 / 256 * 0.5, 0.01 * 20 / 256])
+    assert len(tiny(n_steps=1).fit(blobs()[0]).history_) == 2
+    assert TEMI.quick(500).batch_size == 2000 and TEMI.quick(7).n_steps == 800
 
 
 # ── degenerate ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -365,7 +365,8 @@ def test_defaults_are_the_published_configuration():
     ({"teacher_momentum": 1.0}, "teacher_momentum must be at least 0 and below 1"),
     ({"marginal_momentum": -0.1}, "marginal_momentum must be at least 0"), ({"n_epochs": 0}, "n_epochs must be"),
     ({"hidden": (8,)}, "hidden needs two numbers"), ({"hidden": (8, 0)}, "hidden needs two numbers"),
-    ({"n_components": 0}, "n_components must be at least 1, got 0"), ({"n_neighbors": 0}, "n_neighbors must be"),
+    ({"n_components": 0}, "n_components must be at least 1, got 0"), ({"n_steps": 0}, "n_steps must be at least 1"),
+    ({"n_neighbors": 0}, "n_neighbors must be"),
     ({"objective": "temmi"}, "objective='temmi' is not allowed. hint: did you mean temi"),
     ({"lr": math.nan}, "lr must be above 0 and finite"), ({"batch_size": 0}, "batch_size must be at least 1"),
 ])
