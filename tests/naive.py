@@ -429,3 +429,44 @@ def supported_share(labels: Labels, indices: Rows) -> float:
 
 def mean_confidence(logits: Rows, temperature: float) -> float:
     return mean([max(softmax([float(x) / temperature for x in z])) for z in logits])
+
+
+def member_map(member: Rows, reference: Rows) -> list[list[float]]:
+    """Return the best one-to-one table, or how reference clusters share each cluster's images where K differs."""
+    own, k = len(member[0]), len(reference[0])
+    shared = [[sum(member[i][a] * reference[i][b] for i in range(len(member))) for b in range(k)] for a in range(own)]
+    if own == k:
+        best = max(permutations(range(k)), key=lambda order: sum(shared[a][order[a]] for a in range(k)))
+        return [[1.0 if best[a] == b else 0.0 for b in range(k)] for a in range(k)]
+    return [[value / sum(row) if sum(row) else 1 / k for value in row] for row in shared]
+
+
+def weighted_average(members: Sequence[Rows], weights: Sequence[float]) -> list[list[float]]:
+    total = sum(weights)
+    return [[sum(w * m[i][c] for m, w in zip(members, weights, strict=True)) / total for c in range(len(members[0][0]))]
+            for i in range(len(members[0]))]
+
+
+def co_association(members: Sequence[Rows], weights: Sequence[float]) -> list[list[float]]:
+    n, total = len(members[0]), sum(weights)
+    return [[sum(w * dot(m[i], m[j]) for m, w in zip(members, weights, strict=True)) / total for j in range(n)]
+            for i in range(n)]
+
+
+def transported(probabilities: Rows, prior: Sequence[float], *, n_rounds: int) -> list[list[float]]:
+    p = [list(row) for row in probabilities]
+    for _ in range(n_rounds):
+        means = [mean([row[c] for row in p]) for c in range(len(prior))]
+        p = [[value * prior[c] / means[c] for c, value in enumerate(row)] for row in p]
+        p = [[value / sum(row) for value in row] for row in p]
+    return p
+
+
+def near_images(indices: Rows, similarities: Rows, *, least: int) -> list[list[bool]]:
+    """Return which neighbors count: those that name the image, too, and stand before the largest fall of similarity."""
+    found = []
+    for i, (row, values) in enumerate(zip(indices, similarities, strict=True)):
+        falls = [values[j] - values[j + 1] for j in range(len(values) - 1)]
+        last = max(range(least - 1, len(falls)), key=lambda j: falls[j]) if len(values) > least else len(values) - 1
+        found.append([place <= last and i in list(indices[int(j)]) for place, j in enumerate(row)])
+    return found
