@@ -45,6 +45,17 @@ def photographs() -> list[np.ndarray]:
     return [image[top : top + 60, 200:280].copy() for image in load_sample_images().images for top in (100, 250)]
 
 
+def test_what_it_is_not_sure_of_is_left_open(classifier, photographs):
+    found = classifier.predict_proba(photographs)
+    middle = float(np.median(found.max(axis=1)))
+    sure = found.max(axis=1) >= middle
+    labels = classifier.predict(photographs, min_confidence=middle)
+    assert labels.dtype == np.int64 and 0 < sure.sum() < len(sure)
+    np.testing.assert_array_equal(labels, np.where(sure, classifier.predict(photographs), -1))
+    with pytest.raises(InputError, match=r"from 0 to 1, got 60"):
+        classifier.predict(photographs, min_confidence=60)
+
+
 # ── save and load ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 

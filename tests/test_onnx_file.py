@@ -2,7 +2,10 @@
 
 import json
 import logging
+import os
 import re
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -10,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 from jaxtyping import config
+from PIL import Image
+from sklearn.datasets import load_sample_images
 from torch import nn
 
 import phyla
@@ -122,6 +127,26 @@ def test_no_folder_of_this_machine_is_in_the_file(written):
     assert b".py" not in held and str(Path(torch.__file__).parent).encode() not in held
 
 
+def test_the_script_of_the_guide_labels_pictures_as_the_classifier_does(written, tmp_path):
+    classifier, path, _ = written
+    guide = (Path(__file__).parents[1] / "docs" / "guides" / "export.md").read_text(encoding="utf-8")
+    (tmp_path / "label.py").write_text(re.search(r"```python\n(import json\n.*?)```", guide, re.DOTALL)[1])
+    photo = load_sample_images().images[0]
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.fromarray(photo[:400]).save(tmp_path / "a.jpg", exif=turned)  # lying on its side, and decoded small
+    Image.fromarray(photo[50:80, 100:145]).save(tmp_path / "b.jpg")
+    Image.fromarray(photo[:12, :12]).save(tmp_path / "c.png")
+    Image.fromarray(photo[::5, ::7, 0]).save(tmp_path / "d.png")  # grey
+    names = ["a.jpg", "b.jpg", "c.png", "d.png"]
+    done = subprocess.run([sys.executable, "label.py", path, *names], cwd=tmp_path, check=True, capture_output=True,
+                          text=True, encoding="utf-8", env=os.environ | {"PYTHONUTF8": "1"})
+    found = classifier.predict_proba([tmp_path / name for name in names])
+    for line, name, row in zip(done.stdout.splitlines(), names, found, strict=True):
+        assert line.split()[:2] == [name, NAMES[row.argmax()]]
+        assert float(line.split()[2]) == pytest.approx(row.max(), abs=1e-4)
+
+
 # ── what is not written ───────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -230,7 +255,7 @@ def test_every_kind_of_network_can_be_shipped(kind, tmp_path):
 def test_a_run_is_checked_on_its_own_images_in_silence(tmp_path, tmp_path_factory, capfd, caplog, monkeypatch):
     run, _ = pictures_run(tmp_path_factory, tmp_path)
     seen = []
-    monkeypatch.setattr(onnx_file, "_check", lambda net, path, images: seen.append(images) or 0.0)
+    monkeypatch.setattr(onnx_file, "_check", lambda path, images, expected: seen.append(images) or 0.0)
     caplog.clear()
     capfd.readouterr()
     with caplog.at_level(logging.WARNING), warnings.catch_warnings():

@@ -143,9 +143,12 @@ class Classifier:
                             batch_size=batch_size)
         return found[:, 0].float().cpu().numpy()
 
-    def predict(self, pictures: Pictures, *, device: Device | None = None) -> np.ndarray:
-        """Return the most probable cluster of each picture, int64 (n_images,)."""
-        return self.predict_proba(pictures, device=device).argmax(axis=1)
+    def predict(self, pictures: Pictures, *, min_confidence: float = 0.0, device: Device | None = None) -> np.ndarray:
+        """Return the most probable cluster of each picture, int64 (n_images,); -1 below ``min_confidence``."""
+        if not 0 <= min_confidence <= 1:
+            raise InputError(f"min_confidence must be from 0 to 1, got {min_confidence}")
+        found = self.predict_proba(pictures, device=device)
+        return np.where(found.max(axis=1) >= min_confidence, found.argmax(axis=1), -1)
 
     def predict_stream(self, source: Path | str, *, device: Device | None = None, chunk: int = 256,
                        strict: bool = False) -> Iterator[tuple[Assignment | None, list[tuple[str, str]]]]:

@@ -99,11 +99,12 @@ def write_onnx(classifier: Classifier, path: Path | str, *, images: np.ndarray |
     with atomic(path) as temporary:
         temporary.touch()  # told now rather than after the work, if it cannot be
         net = _Whole(classifier)
+        expected = _expected(net, checked)  # first: what a network keeps from its first pass must be no tracer's
         model = _traced(net, classifier.size)
         _describe(model, _metadata(classifier))
         data = _save(model, temporary, path)
         try:
-            difference = _check(net, temporary, checked)
+            difference = _check(temporary, checked, expected)
         except BaseException:
             if data is not None:
                 data.unlink(missing_ok=True)
@@ -286,7 +287,7 @@ def _move_weights(model: "ModelProto", data: Path) -> None:
                 weight.ClearField("raw_data")
 
 
-def _check(whole: _Whole, path: Path, images: np.ndarray) -> float:
+def _check(path: Path, images: np.ndarray, expected: tuple[np.ndarray, np.ndarray]) -> float:
     """Return how far the file's probabilities are from the classifier's; PhylaError where they are too far."""
     import onnxruntime
 
@@ -295,7 +296,6 @@ def _check(whole: _Whole, path: Path, images: np.ndarray) -> float:
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     parts = [session.run(None, {"images": part}) for part in (images[:1], images[1:]) if len(part)]
     found = [np.concatenate(part) for part in zip(*parts, strict=True)]
-    expected = _expected(whole, images)
     far = [float(np.abs(one - other).max()) for one, other in zip(found, expected, strict=True)]
     limits = (TOLERANCE, TOLERANCE * max(1.0, float(np.abs(expected[1]).max())))
     for name, value, limit in zip(("probabilities", "embeddings"), far, limits, strict=True):
