@@ -11,13 +11,13 @@ import pytest
 from commands import N_DIGITS, N_PICTURES, digits_run, pictures_run
 from phyla import image_table
 from phyla.errors import CorruptFileError, InputError, StorageError
-from phyla.image_table import export_parquet
+from phyla.image_table import ODD, export_parquet
 from phyla.report.measures import EmbeddingMap
 from phyla.tables import COLUMNS
 from phyla.types import Assignment
 
 LONE = ["id", "path", "cluster", "name", "confidence", "second", "second_probability", "third", "third_probability",
-        "x", "y", "neighbors"]
+        *ODD, "x", "y", "neighbors"]
 
 
 @pytest.fixture
@@ -84,6 +84,35 @@ def test_embeddings_are_a_column_of_one_size(made):
     np.testing.assert_array_equal(np.stack(table["embedding"].to_pylist()), values)
 
 
+def test_what_the_report_found_odd_is_in_the_table(made, caplog):
+    run, _, out = made
+    ids = pq.read_table(run / "assignments.parquet")["id"].to_pylist()
+    rows = [f'"{name}",{1 + row / 10},{"true" if row == 3 else "false"},{row // 2 if row < 4 else ""},,'
+            f'{"blurred" if row == 5 else ""},7.5,9.25' for row, name in enumerate(ids)]
+    path = run / "oddities.csv"
+    header = "id,outlier_score,outlier,duplicate_group,identical_group,hint,brightness,unknown"
+    path.write_text("\n".join([header, *rows]))
+    export_parquet(run, out)
+    table = pq.read_table(out)
+    assert [table.schema.field(name).type for name in ODD] == list(ODD.values())
+    np.testing.assert_allclose(table["outlier_score"], 1 + np.arange(N_PICTURES) / 10, rtol=1e-6)
+    assert np.flatnonzero(table["outlier"]).tolist() == [3]
+    assert table["duplicate_group"].to_pylist()[:5] == [0, 0, 1, 1, None]
+    assert table["identical_group"].null_count == table["agreement"].null_count == N_PICTURES
+    assert table["hint"].to_pylist() == [None] * 5 + ["blurred"] + [None] * (N_PICTURES - 6)
+    path.write_text(f"id,outlier\n{ids[0]},true\n")
+    with caplog.at_level(logging.WARNING, "phyla"):
+        export_parquet(run, out)
+    assert "oddities.csv is of other images" in caplog.text
+    assert pq.read_table(out)["outlier"].null_count == N_PICTURES
+    path.write_text(f"id,outlier\n{ids[0]},perhaps\n")
+    with pytest.raises(CorruptFileError, match=r"oddities.csv cannot be read.*delete it"):
+        export_parquet(run, out)
+    path.unlink()
+    export_parquet(run, out)
+    assert pq.read_table(out)["outlier"].null_count == N_PICTURES
+
+
 def test_it_is_written_in_blocks(made, monkeypatch):
     run, _, out = made
     export_parquet(run, out, embeddings=True)
@@ -129,6 +158,6 @@ def test_what_cannot_be_is_one_line(made, tmp_path):
     with pytest.raises(InputError, match=rf"holds {N_PICTURES - 1} rows and the table {N_PICTURES}.*phyla run"):
         export_parquet(run, out)
     (run / "embeddings.npy").write_bytes(b"\x93NUMPY")
-    with pytest.raises(CorruptFileError, match=r"embeddings.npy cannot be read"):
+    with pytest.raises(CorruptFileError, match=r"embeddings.npy cannot be read.*delete it and bring the run up"):
         export_parquet(run, out)
     assert not out.exists()

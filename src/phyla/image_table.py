@@ -6,20 +6,23 @@ block by block, from files that are not read whole, so that any number of images
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pyarrow import csv
 
 from phyla import __version__
-from phyla.errors import InputError
+from phyla.errors import CorruptFileError, InputError
 from phyla.images.catalog import data_set_name
 from phyla.images.folders import find_images
 from phyla.progress import bar
 from phyla.report.measures import MAP_LIMIT, lay_out
-from phyla.rundir import load_neighbors, reading
+from phyla.rundir import load_neighbors
 from phyla.storage import atomic, read_json
 from phyla.tables import COLUMNS
 from phyla.types import Neighbors
@@ -29,6 +32,10 @@ log = logging.getLogger("phyla")
 N_NEIGHBORS = 20
 """Neighbors an image in the table, at most."""
 
+ODD = {"outlier_score": pa.float32(), "outlier": pa.bool_(), "duplicate_group": pa.int64(),
+       "identical_group": pa.int64(), "hint": pa.string(), "agreement": pa.float32()}
+"""Columns of oddities.csv that are in the table."""
+
 _BLOCK = 8192  # rows written together
 _NEAREST = 5  # images on the map among which another image is put
 
@@ -37,8 +44,8 @@ def export_parquet(run: Path, out: Path, *, embeddings: bool = False) -> int:
     """Write what a run knows of each of its images to ``out``, whole or not at all; return how many images.
 
     The columns are those of assignments.parquet, ``path`` (absolute; null unless the run was made from files), ``name``
-    of the cluster, ``x`` and ``y`` (the map of the report), and ``neighbors``: ``ids``, rows of this table from 0,
-    with their cosine ``distances``.
+    of the cluster, what the report found odd (``ODD``), ``x`` and ``y`` (the map of the report), and ``neighbors``:
+    ``ids``, rows of this table from 0, with their cosine ``distances``.
 
     Parameters
     ----------
@@ -70,6 +77,7 @@ class _Held:
     """What a run folder holds of its images, rows in one order."""
 
     table: pa.Table
+    odd: pa.Table
     names: list[str]
     paths: dict[str, str]
     embeddings: np.ndarray
@@ -82,7 +90,7 @@ def _held(run: Path) -> _Held:
     if not (run / "run.json").exists() or not table.exists():
         raise InputError(f"{run} holds no finished run", "give the folder of one, such as runs/NAME")
     facts, path = read_json(run / "run.json"), run / "embeddings.npy"
-    with reading(path):
+    with _at_the_top(path):
         values: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
     rows: pa.Table = pq.read_table(table)
     source = str(facts["options"]["data"]["source"])
@@ -91,7 +99,35 @@ def _held(run: Path) -> _Held:
                          f"bring the run up to date: phyla run {run}")
     names = [str(name) for name in read_json(run / "model.json")["names"]]
     about = {"phyla": __version__, "source": source, "names": json.dumps(names, ensure_ascii=False)}
-    return _Held(rows, names, _paths(source, rows["id"].to_pylist()), values, _neighbors(run, facts), about)
+    ids = rows["id"].combine_chunks()
+    paths = _paths(source, ids.to_pylist())
+    return _Held(rows, _oddities(run, ids), names, paths, values, _neighbors(run, facts), about)
+
+
+@contextmanager
+def _at_the_top(path: Path) -> Iterator[None]:
+    """Turn what a damaged file at the top of a run folder raises into one line: its stage still has it."""
+    try:
+        yield
+    except (ValueError, EOFError, OSError) as error:
+        told = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+        raise CorruptFileError(f"{path} cannot be read ({told})",
+                               f"delete it and bring the run up to date: phyla run {path.parent}") from error
+
+
+def _oddities(run: Path, ids: pa.Array) -> pa.Table:
+    """Return what the report found odd about each image: the columns of ``ODD``, null where it is not known."""
+    path = run / "oddities.csv"
+    if path.exists():
+        options = csv.ConvertOptions(column_types={"id": pa.string()} | ODD, include_columns=["id", *ODD],
+                                     include_missing_columns=True, strings_can_be_null=True, null_values=[""],
+                                     quoted_strings_can_be_null=False)
+        with _at_the_top(path):
+            table = csv.read_csv(path, parse_options=csv.ParseOptions(newlines_in_values=True), convert_options=options)
+        if table["id"].combine_chunks().equals(ids):
+            return table.select(list(ODD))
+        log.warning("%s is of other images: it was left out", path)
+    return pa.table({name: pa.nulls(len(ids), kind) for name, kind in ODD.items()})
 
 
 def _paths(source: str, ids: list[str]) -> dict[str, str]:
@@ -151,8 +187,8 @@ def _unit_rows(values: np.ndarray) -> np.ndarray:
 def _schema(held: _Held, *, embeddings: bool) -> pa.Schema:
     near = pa.struct([("ids", pa.list_(pa.int64())), ("distances", pa.list_(pa.float32()))])
     told = [(name, held.table.schema.field(name).type) for name in COLUMNS]
-    columns = [told[0], ("path", pa.string()), told[1], ("name", pa.string()), *told[2:], ("x", pa.float32()),
-               ("y", pa.float32()), ("neighbors", near)]
+    columns = [told[0], ("path", pa.string()), told[1], ("name", pa.string()), *told[2:], *ODD.items(),
+               ("x", pa.float32()), ("y", pa.float32()), ("neighbors", near)]
     if embeddings:
         columns.append(("embedding", pa.list_(pa.float32(), held.embeddings.shape[1])))
     return pa.schema(columns, metadata=held.about)
@@ -162,6 +198,7 @@ def _block(held: _Held, places: np.ndarray, start: int, *, embeddings: bool) -> 
     told = held.table.slice(start, _BLOCK)
     rows = slice(start, start + len(told))
     block: dict[str, object] = {name: told[name].combine_chunks() for name in COLUMNS}
+    block |= {name: held.odd[name].slice(start, len(told)).combine_chunks() for name in ODD}
     block["path"] = [held.paths.get(name) for name in told["id"].to_pylist()]
     block["name"] = [held.names[cluster] for cluster in told["cluster"].to_pylist()]
     block["x"], block["y"] = places[rows, 0], places[rows, 1]
