@@ -131,7 +131,7 @@ def _changed(**values: object) -> Callable[[Path], None]:
     (lambda folder: (folder / "model.json").write_text('{"format": 1, "enc'), "is not readable JSON"),
     (lambda folder: (folder / "model.json").write_text("[]"), "holds no JSON object"),
     (lambda folder: (folder / "model.json").write_bytes(b"\xff\xfe"), "is not readable JSON"),
-    (_changed(format=2), "has format 2, this version reads 1"), (_changed(format="gone"), "has format None"),
+    (_changed(format=3), "has format 3, this version reads 1 to 2"), (_changed(format="gone"), "has format None"),
     (_changed(encoder={"name": "resnet19"}), "cannot be read .*resnet19"), (_changed(encoder="gone"), "cannot be read"),
     (_changed(encoder=[1, 2]), "cannot be read"), (_changed(n_clusters=4), "cannot be read"),
     (_changed(n_clusters=-1), "cannot be read"), (_changed(names=["a"]), "3 names, got 1"),

@@ -21,13 +21,16 @@ from phyla.images.arrays import from_array
 from phyla.images.augment import Views, views_from
 from phyla.images.decode import read_image, square, to_rgb
 from phyla.images.folders import ImageFile, stream_images
-from phyla.nets.heads import ClusterHeads, ClusterNet, Projection
-from phyla.nets.resnet import Encoder, EncoderSpec
+from phyla.nets.frozen import AnyEncoder, build_encoder, encoder_form
+from phyla.nets.heads import ClusterHeads, ClusterNet, build_heads, build_projection
 from phyla.storage import read_json, write_json, write_tensors
 from phyla.training.device import Device
 from phyla.types import Assignment, ImageSet
 
-FORMAT = 1
+FORMAT = 2
+"""Written where the encoder, the projection or the heads are of a kind that format 1 does not know."""
+
+_PLAIN = 1
 Picture = str | Path | Image.Image | np.ndarray | Tensor
 Pictures = ImageSet | np.ndarray | Tensor | Sequence[Picture]
 
@@ -85,14 +88,19 @@ class Classifier:
     def save(self, folder: Path | str) -> None:
         """Write model.safetensors and model.json into ``folder``; InputError when the encoder is not one of phyla's."""
         folder, encoder = Path(folder), self.net.encoder
-        if not isinstance(encoder, Encoder):
+        if not isinstance(encoder, AnyEncoder):
             raise InputError(f"only phyla's own encoders can be saved, got {type(encoder).__name__}",
                              "save this network with torch.save")
         write_tensors(folder / "model.safetensors", self.net.state_dict())
         form = self.net.projection.spec() if self.net.projection is not None else None
-        write_json(folder / "model.json", {"format": FORMAT, "encoder": asdict(encoder.spec), "projection": form,
-                                           "n_clusters": self.n_clusters, "views": asdict(self.views),
-                                           "size": self.size, "names": list(self.names), "facts": self.facts})
+        told = {"format": _PLAIN, "encoder": encoder_form(encoder), "projection": form,
+                "n_clusters": self.n_clusters, "views": asdict(self.views), "size": self.size,
+                "names": list(self.names), "facts": self.facts}
+        if not isinstance(self.net.heads, ClusterHeads):
+            told["heads"] = self.net.heads.spec()
+        if "heads" in told or "kind" in encoder_form(encoder) or "kind" in (form or {}):
+            told["format"] = FORMAT
+        write_json(folder / "model.json", told)
 
     @classmethod
     def load(cls, folder: Path | str) -> "Classifier":
@@ -110,14 +118,15 @@ class Classifier:
             raise DataNotFoundError(f"{folder} holds no classifier (model.json is missing)",
                                     "give the folder of a finished run")
         held = read_json(folder / "model.json")
-        if held.get("format") != FORMAT:
+        if held.get("format") not in (_PLAIN, FORMAT):
             raise CorruptFileError(f"{folder / 'model.json'} has format {held.get('format')!r}, this version reads "
-                                   f"{FORMAT}", "make it again with this version of phyla")
+                                   f"{_PLAIN} to {FORMAT}", "make it again with this version of phyla")
         try:
-            encoder = EncoderSpec(**held["encoder"]).build()
-            projection = Projection(**held["projection"]) if held.get("projection") else None
+            encoder = build_encoder(held["encoder"])
+            projection = build_projection(held["projection"]) if held.get("projection") else None
             n_features = projection.n_out if projection is not None else encoder.spec.n_features
-            net = ClusterNet(encoder, ClusterHeads(n_features, held["n_clusters"]), projection)
+            form = held.get("heads") or {"n_features": n_features, "n_clusters": held["n_clusters"]}
+            net = ClusterNet(encoder, build_heads(form), projection)
             net.load_state_dict(load_file(folder / "model.safetensors"))
             return cls(net, views_from(held["views"]), held["size"], held["names"], held["facts"])
         except (SafetensorError, RuntimeError, LookupError, TypeError, ValueError, AttributeError, OSError) as error:

@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from phyla.errors import CorruptFileError, InputError, PhylaError, StorageError
 from phyla.images.folders import RUN_MARKER
+from phyla.nets.frozen import AnyEncoder, build_encoder, encoder_form
 from phyla.nets.heads import Projection
-from phyla.nets.resnet import Encoder, EncoderSpec
 from phyla.storage import (
     atomic,
     fingerprint,
@@ -216,23 +216,23 @@ def reading(path: Path) -> Iterator[None]:
                                         "the others are kept") from error
 
 
-def save_encoder(folder: Path, encoder: Encoder, projection: Projection | None) -> None:
+def save_encoder(folder: Path, encoder: AnyEncoder, projection: Projection | None) -> None:
     """Write encoder.safetensors (encoder and, where there is one, its projection) and encoder.json."""
     parts: dict[str, nn.Module | None] = {"encoder": encoder, "projection": projection}
     weights = {f"{part}.{name}": value for part, net in parts.items() if net is not None
                for name, value in net.state_dict().items()}
     write_tensors(folder / "encoder.safetensors", weights)
     form = projection.spec() if projection is not None else None
-    write_json(folder / "encoder.json", asdict(encoder.spec) | {"projection": form})
+    write_json(folder / "encoder.json", encoder_form(encoder) | {"projection": form})
 
 
-def load_encoder(folder: Path) -> tuple[Encoder, Projection | None]:
-    """Return the encoder and projection that ``save_encoder`` wrote."""
+def load_encoder(folder: Path) -> tuple[AnyEncoder, Projection | None]:
+    """Return the encoder and projection that ``save_encoder`` wrote; nothing is fetched."""
     path = folder / "encoder.safetensors"
     with reading(path):
         held = read_json(folder / "encoder.json")
         form = held.pop("projection", None)
-        encoder = EncoderSpec(**held).build()
+        encoder = build_encoder(held)
         weights: dict[str, dict[str, Tensor]] = {"encoder": {}, "projection": {}}
         for name, value in load_file(path).items():
             part, _, inner = name.partition(".")

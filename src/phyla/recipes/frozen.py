@@ -1,5 +1,6 @@
 """Clusterings of the embeddings of frozen encoders."""
 
 from phyla.cluster.temi import TEMI
+from phyla.pretrain.frozen import Frozen
 
-__all__ = ["TEMI"]
+__all__ = ["TEMI", "Frozen"]
