@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from phyla.errors import InputError, StorageError
-from phyla.tables import COLUMNS, stdout_csv, stream_csv, write_assignments
+from phyla.tables import COLUMNS, stdout_csv, stream_csv, write_assignments, write_columns
 from phyla.types import Assignment
 
 ODD = ["a,b.png", 'say "cheese".png', "two\nlines.png", "old\rmac.png", "tab\there.png", "größe/日本.png", " spaces ",
@@ -152,3 +152,14 @@ def test_another_delimiter_is_the_one_that_is_quoted():
     out = io.StringIO()
     stream_csv(out, [assignment(2, 1, ids=["a;b", "c,d"])], delimiter=";")
     assert [line.split(";1")[0] for line in out.getvalue().split("\n")[1:3]] == ['"a;b";0', "c,d;0"]
+
+
+def test_columns_of_any_kind_are_written_and_what_is_not_known_is_empty(tmp_path):
+    write_columns(tmp_path / "new" / "a.csv", {
+        "id": ODD[:3], "group": [None, 0, 12], "score": [1.0, float("nan"), 1 / 3], "odd": [True, False, True]})
+    assert read(tmp_path / "new" / "a.csv") == [
+        ["id", "group", "score", "odd"], [ODD[0], "", "1", "true"], [ODD[1], "0", "", "false"],
+        [ODD[2], "12", "0.333333", "true"]]
+    with pytest.raises(ValueError, match="shorter"):
+        write_columns(tmp_path / "b.csv", {"id": ["a", "b"], "score": [1.0]})
+    assert not (tmp_path / "b.csv").exists()

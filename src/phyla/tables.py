@@ -2,7 +2,7 @@
 
 import io
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,6 +81,21 @@ def stdout_csv(chunks: Iterable[Rows]) -> int:
         return stream_csv(out, chunks)
     finally:
         out.detach()
+
+
+def write_columns(path: Path | str, columns: Mapping[str, Sequence[object]]) -> None:
+    """Write columns of equal length as CSV, whole or not at all; None and NaN are empty cells."""
+    with atomic(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as out:
+        out.write(",".join(columns) + "\n")
+        out.writelines(",".join(map(_cell, row)) + "\n" for row in zip(*columns.values(), strict=True))
+
+
+def _cell(value: object) -> str:
+    if value is None or value != value:  # NaN
+        return ""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:.6g}" if isinstance(value, float) else _quoted(str(value), ",")
 
 
 def _rows(chunk: Rows) -> Iterator[tuple[str, list[str]]]:

@@ -66,7 +66,7 @@ class Top:
             placed["scores.json"] = self._folder("evaluate") / "scores.json"
         if "report" in made:
             placed |= {path.name: path for path in sorted(self._folder("report").iterdir())
-                       if path.suffix in (".html", ".png")}
+                       if path.suffix in (".html", ".png") or path.name in ("health.json", "oddities.csv")}
         return placed
 
     def _tables(self) -> dict[str, str]:

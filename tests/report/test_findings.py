@@ -111,20 +111,6 @@ def test_baseline_without_a_common_score_does_not_apply(table):
     assert findings.check_baseline(table).severity == "not_applicable"
 
 
-def test_duplicates_are_counted():
-    labels = np.zeros(20)
-    assert findings.check_duplicates(around(labels, [1], 0.9)).severity == "passed"
-    found = findings.check_duplicates(around(labels, [1], 1.0))
-    assert found.severity == "warning"
-    assert "hardly tells" in found.title
-    few = around(labels, [1], 0.9)
-    few.similarities[0] = 1.0
-    found = findings.check_duplicates(few)
-    assert found.severity == "note"
-    assert found.message.startswith("2 of 20 images")
-    assert findings.check_duplicates(None).severity == "not_applicable"
-
-
 def test_skipped_files():
     assert findings.check_skipped([], 10).severity == "passed"
     assert findings.check_skipped([("a.jpg", "truncated")], 100).severity == "note"
@@ -161,11 +147,37 @@ def test_training_names_the_stage_and_spares_the_one_that_may_rise():
     assert findings.check_training(fell + curve([1, 2, 3, 4, 5, 6], "refine")).severity == "passed"
 
 
-def test_all_findings_come_most_serious_first_and_once_each(make_run):
-    data = make_run(empty=(2,), n_clusters=4)
-    found = findings.all_findings(data.assignment, names=NAMES, neighbors=data.neighbors, curves=data.curves)
-    order = [findings.SEVERITIES.index(f.severity) for f in found]
-    assert order == sorted(order)
-    assert len({f.code for f in found}) == len(found) == 11
-    assert all(f.title and f.message for f in found)
-    assert all(f.advice for f in found if f.severity in ("critical", "warning", "note"))
+def test_most_images_in_doubtful_clusters_is_critical():
+    p = np.eye(2, dtype=np.float32)[[0, 1, 0, 1]]
+    crossed = Neighbors(np.array([[1], [0], [3], [2]]), np.full((4, 1), 0.5, np.float32))
+    assert findings.check_agreement(Assignment(p, list("abcd")), crossed, NAMES).severity == "critical"
+
+
+@pytest.mark.parametrize(("stability", "severity"), [([0.9, 0.6, 0.8], "passed"), ([0.9, 0.59, 0.8], "warning"),
+                                                     ([0.5, 0.9, 0.8], "critical"), ([np.nan, 0.9, 0.8], "passed"),
+                                                     ([np.nan] * 3, "not_applicable")])
+def test_stability(stability, severity):
+    found = findings.check_stability(sized(30, 10, 10), np.array(stability), None, NAMES)
+    assert (found.code, found.severity) == ("unstable-clusters", severity)
+    assert findings.check_stability(sized(3, 3), None, None, NAMES).severity == "not_applicable"
+
+
+def test_stability_names_the_worst_first_and_counts_images_put_elsewhere():
+    found = findings.check_stability(sized(3, 3, 3), np.array([0.5, 0.25, 1]), np.repeat([0.5, 0.25, 1], 3), NAMES)
+    assert "Cluster 1 (25 %), Cluster 0 (50 %)" in found.message.replace("\N{NO-BREAK SPACE}", " ")
+    assert "6 images of 9" in found.message
+
+
+@pytest.mark.parametrize("check", [
+    lambda frozen: findings.check_collapse(sized(100, *[1] * 9), frozen=frozen),
+    lambda frozen: findings.check_empty(sized(3, 0, 3), NAMES, frozen=frozen),
+    lambda frozen: findings.check_doubt(sized(50, 50, confidence=0.6), frozen=frozen),
+    lambda frozen: findings.check_baseline(scores(0.9, 0.8), frozen=frozen),
+    lambda frozen: findings.check_baseline(scores(0.8, 0.8), frozen=frozen)])
+def test_advice_for_a_frozen_encoder_is_not_to_train_it(check):
+    frozen, trained = check(True), check(False)
+    assert "encoder" in frozen.advice
+    assert "pretraining" not in frozen.advice + frozen.message
+    assert "entropy_weight" not in frozen.advice
+    assert frozen.message == trained.message
+    assert frozen.advice != trained.advice

@@ -1,3 +1,5 @@
+import csv
+import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -56,7 +58,8 @@ def test_page_of_a_labelled_run(make_run, tmp_path):
     assert path == tmp_path / "new" / "folder" / "report.html"
     assert {p.name for p in path.parent.iterdir()} == {"report.html", "map.png", "prototypes.png", "confidence.png",
                                                        "curves.png", "confusion_matrix.png", "retrieval.png",
-                                                       "probabilities.png", "reliability.png", "risk_coverage.png"}
+                                                       "probabilities.png", "reliability.png", "risk_coverage.png",
+                                                       "health.json", "oddities.csv"}
     page = read(path)
     assert "60 images in 3 clusters" in page.text
     assert f"({data.assignment.confidence.mean():.2f})" in page.text
@@ -224,7 +227,7 @@ def test_page_can_be_read_without_scripts_and_by_a_reader(make_run, tmp_path):
     assert dict(page.tags)["html"] == {"lang": "en"}
     assert [tag for tag, _ in page.tags if tag == "h1"] == ["h1"]
     badges = [attrs for _, attrs in page.tags if attrs.get("class") == "badge"]
-    assert len(badges) == 11
+    assert len(badges) == 15  # the verdict and 14 findings
     assert all(attrs["data-sign"] for attrs in badges)  # severity is told by a sign and a word, not by colour alone
 
 
@@ -319,3 +322,64 @@ def test_a_place_that_cannot_be_written_is_named(make_run, tmp_path):
         build_report(make_run(n_images=6), tmp_path / "file")
 
 
+
+
+def alike(n, similarity):
+    """Neighbors of which the first two images are each other's at ``similarity``, all others at 0.5."""
+    rows = np.arange(n)
+    near = Neighbors(np.where(rows == 1, 0, np.where(rows == 0, 1, (rows + 1) % n))[:, None],
+                     np.full((n, 1), 0.5, np.float32))
+    near.similarities[:2] = similarity
+    return near
+
+
+def test_verdict_stands_at_the_top_with_its_reasons_and_in_a_file(make_run, tmp_path):
+    build_report(make_run(), tmp_path / "green")
+    page, told = read(tmp_path / "green" / "report.html"), json.loads((tmp_path / "green" / "health.json").read_text())
+    assert told["verdict"] == "green"
+    assert "Sound No check found a fault" in page.text
+    unstable = {"stability": np.array([0.2, 0.9, 0.9]), "agreement": np.full(60, 0.4)}
+    build_report(make_run(more=unstable), tmp_path / "amber")
+    page, told = read(tmp_path / "amber" / "report.html"), json.loads((tmp_path / "amber" / "health.json").read_text())
+    assert (told["verdict"], told["reasons"]) == ("amber", ["unstable-clusters"])
+    assert "Use with care" in page.text
+    assert page.text.index("Unstable clusters") < page.text.index("Clusters in use")
+    assert sum(attrs.get("href") == "#finding-unstable-clusters" for tag, attrs in page.tags if tag == "a") == 1
+    codes = {attrs["id"] for _, attrs in page.tags if str(attrs.get("id")).startswith("finding-")}
+    assert codes == {f"finding-{finding['code']}" for finding in told["findings"]}
+
+
+def test_odd_images_are_shown_and_in_a_table(make_run, tmp_path):
+    data = make_run(with_truth=False)
+    pixels = np.array(data.images.pixels)
+    pixels[7] = pixels[9]
+    pixels[11] = 30
+    near = alike(60, 0.99)
+    near.similarities[20] = -0.9
+    data = replace(data, images=ImageSet(pixels, data.images.ids, "made"), neighbors=near)
+    page = read(build_report(data, tmp_path))
+    ids = {attrs["id"] for _, attrs in page.tags if attrs.get("id")}
+    assert {"review", "doubtful", "outliers", "copies", "blank"} <= ids
+    assert "2 images, equal to the pixel" in page.text
+    assert "2 images, nearly the same, in several clusters" in page.text
+    rows = list(csv.DictReader((tmp_path / "oddities.csv").read_text(encoding="utf-8").splitlines()))
+    assert [row["id"] for row in rows] == list(data.images.ids)
+    assert [i for i, row in enumerate(rows) if row["outlier"] == "true"] == [20]
+    assert [i for i, row in enumerate(rows) if row["identical_group"]] == [7, 9]
+    assert {i: row["duplicate_group"] for i, row in enumerate(rows) if row["duplicate_group"]} == {
+        0: "0", 1: "0", 7: "1", 9: "1"}
+    assert [i for i, row in enumerate(rows) if row["hint"] == "blank"] == [11]
+    assert {row["agreement"] for row in rows} == {""}
+
+
+def test_pixels_of_very_many_images_are_not_looked_at(make_run, tmp_path, monkeypatch):
+    monkeypatch.setattr("phyla.report.page.LOOK_AT_MOST", 59)
+    page = read(build_report(make_run(), tmp_path))
+    assert "The pixels of so many images were not looked at." in page.text
+    assert "sharpness" in (tmp_path / "oddities.csv").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("name", "value"), [("stability", np.ones(2)), ("agreement", np.ones(59))])
+def test_stability_and_agreement_are_of_these_clusters_and_images(make_run, tmp_path, name, value):
+    with pytest.raises(InputError, match=f"needs {name} of as many"):
+        build_report(make_run(more={name: value}), tmp_path)

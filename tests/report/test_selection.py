@@ -9,7 +9,6 @@ from phyla.report.selection import (
     find_prototypes,
     margins,
     name_clusters,
-    near_duplicate_pairs,
     ranked_members,
     review_first,
     second_choice,
@@ -95,13 +94,6 @@ def test_margin_review_and_second_choice():
     assert margins(single).tolist() == [1, 1]
     assert review_first(single, 5) == []
     assert second_choice(single, 0) is None
-
-
-def test_pairs_are_named_once_most_alike_first():
-    neighbors = Neighbors(np.array([[1, 2], [0, 2], [1, 0]]),
-                          np.array([[0.9992, 0.1], [0.9992, 0.9999], [0.9999, 0.1]], np.float32))
-    assert near_duplicate_pairs(neighbors, 0.999).tolist() == [[1, 2], [0, 1]]
-    assert near_duplicate_pairs(neighbors, 0.99995).shape == (0, 2)
 
 
 def test_examples_are_prototypes_and_the_most_doubtful_none_twice():

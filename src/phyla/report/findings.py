@@ -13,17 +13,19 @@ import numpy as np
 
 from phyla.quality import effective_clusters
 from phyla.report.scoretable import COMPARED, is_baseline, result_row
-from phyla.report.selection import cluster_agreement, near_duplicate_pairs
-from phyla.report.wording import percent
+from phyla.report.selection import cluster_agreement
+from phyla.report.wording import counted, percent
 from phyla.types import Assignment, Neighbors, Scores
 
 Severity = Literal["critical", "warning", "note", "passed", "not_applicable"]
 SEVERITIES: tuple[Severity, ...] = ("critical", "warning", "note", "passed", "not_applicable")
 
-DUPLICATE_SIMILARITY = 0.999
 DOUBTFUL_AGREEMENT = 0.5
 """A cluster is doubtful when less than this share of its members' neighbors lie in it."""
+UNSTABLE = 0.6
+"""A cluster is unstable when several clusterings agree on less than this share of its images."""
 _BASELINE_MARGIN = 0.02
+_OTHER_ENCODER = "another encoder, or two together, may see what this one does not."
 _SHOWN_NAMES = 6
 
 
@@ -38,26 +40,7 @@ class Finding:
     advice: str = ""
 
 
-def all_findings(assignment: Assignment, *, names: Sequence[str], neighbors: Neighbors | None = None,
-                 curves: Sequence[Mapping[str, object]] = (), scores: Sequence[Scores] = (),
-                 result: str | None = None, skipped: Sequence[tuple[str, str]] = (),
-                 correct: np.ndarray | None = None) -> list[Finding]:
-    """Return the findings of every check, the most serious first.
-
-    Parameters
-    ----------
-    names : one a cluster
-    scores, result : the result table, and the method in it that ``assignment`` is of; None for the last
-    correct : bool (n_known,), whether each image of known class lies in a cluster that stands for it; None without
-    """
-    found = [check_collapse(assignment), check_empty(assignment, names), check_balance(assignment, names),
-             check_size(assignment), check_doubt(assignment), check_agreement(assignment, neighbors, names),
-             check_baseline(scores, result), check_training(curves), check_duplicates(neighbors),
-             check_skipped(skipped, len(assignment)), check_confidence(assignment, correct)]
-    return sorted(found, key=lambda finding: SEVERITIES.index(finding.severity))
-
-
-def check_collapse(assignment: Assignment) -> Finding:
+def check_collapse(assignment: Assignment, *, frozen: bool = False) -> Finding:
     """Return whether most images fell into far fewer clusters than were asked for."""
     code, asked = "collapse", assignment.n_clusters
     if asked == 1:
@@ -66,6 +49,8 @@ def check_collapse(assignment: Assignment) -> Finding:
     measure = f"The sizes are as varied as {effective:.1f} equally large clusters, of {asked} asked for."
     advice = ("Raise the weight that spreads images over clusters (cluster.entropy_weight), use a larger batch, or ask "
               "for fewer clusters. Check that pretraining finished: its loss should have fallen.")
+    if frozen:
+        advice = f"Ask for fewer clusters, or try other options; {_OTHER_ENCODER}"
     if effective < 1 + 0.1 * (asked - 1):
         return Finding(code, "The clusters collapsed", "critical", f"Nearly all images are in one place. {measure}",
                        advice)
@@ -74,7 +59,7 @@ def check_collapse(assignment: Assignment) -> Finding:
     return Finding(code, "No collapse", "passed", measure)
 
 
-def check_empty(assignment: Assignment, names: Sequence[str]) -> Finding:
+def check_empty(assignment: Assignment, names: Sequence[str], *, frozen: bool = False) -> Finding:
     """Return which clusters hold no image."""
     code, empty = "empty-clusters", np.flatnonzero(assignment.sizes == 0)
     if not len(empty):
@@ -82,8 +67,8 @@ def check_empty(assignment: Assignment, names: Sequence[str]) -> Finding:
     many, listed = len(empty) > assignment.n_clusters / 2, _listed([names[int(i)] for i in empty])
     return Finding(code, "Empty clusters", "critical" if many else "warning",
                    f"{len(empty)} of {assignment.n_clusters} clusters hold no image: {listed}.",
-                   "If the images have fewer kinds than you asked for, ask for fewer clusters; if not, raise "
-                   "cluster.entropy_weight.")
+                   "If the images have fewer kinds than you asked for, ask for fewer clusters; if not, "
+                   + (_OTHER_ENCODER if frozen else "raise cluster.entropy_weight."))
 
 
 def check_balance(assignment: Assignment, names: Sequence[str]) -> Finding:
@@ -118,7 +103,7 @@ def check_size(assignment: Assignment) -> Finding:
     return Finding(code, "Enough images a cluster", "passed", message)
 
 
-def check_doubt(assignment: Assignment) -> Finding:
+def check_doubt(assignment: Assignment, *, frozen: bool = False) -> Finding:
     """Return how many images have a confidence nearer to pure chance than to certainty."""
     code, confidence = "low-confidence", assignment.confidence
     if assignment.n_clusters == 1 or _outright(assignment):
@@ -131,7 +116,8 @@ def check_doubt(assignment: Assignment) -> Finding:
     advice = "Accept the sure images and look at the rest by hand; the table under Confidence says how many that is."
     if share >= 0.5:
         return Finding(code, "Most images are guesses", "critical", message,
-                       advice + " Longer pretraining is the likeliest cure.")
+                       advice + (f" If the number of classes is right, {_OTHER_ENCODER}" if frozen else
+                                 " Longer pretraining is the likeliest cure."))
     if share >= 0.2:
         return Finding(code, "Many images are guesses", "warning", message, advice)
     if share >= 0.05:
@@ -152,12 +138,43 @@ def check_agreement(assignment: Assignment, neighbors: Neighbors | None, names: 
                        f"(lowest: {percent(float(np.nanmin(agreement)))}).")
     worst = doubtful[np.argsort(agreement[doubtful], kind="stable")]
     listed = _listed([f"{names[i]} ({percent(float(agreement[i]))})" for i in worst])
-    return Finding(code, "Doubtful clusters", "warning",
+    most = bool(assignment.sizes[doubtful].sum() > 0.5 * len(assignment))
+    return Finding(code, "Most images are in doubtful clusters" if most else "Doubtful clusters",
+                   "critical" if most else "warning",
                    f"The nearest look-alikes of these clusters' images mostly lie in other clusters: {listed}.",
                    "Look at their images below: such a cluster may be a mixture, or half of another one.")
 
 
-def check_baseline(scores: Sequence[Scores], result: str | None = None) -> Finding:
+def check_stability(assignment: Assignment, stability: np.ndarray | None, agreement: np.ndarray | None,
+                    names: Sequence[str]) -> Finding:
+    """Return which clusters other clusterings of the same images do not find again.
+
+    Parameters
+    ----------
+    stability : (n_clusters,), share of its images on which the clusterings agree; NaN for an empty cluster
+    agreement : (n_images,), share of the clusterings that put an image where it is; None where that is not known
+    """
+    code = "unstable-clusters"
+    if stability is None or not np.isfinite(stability).any():
+        return Finding(code, "Stability", "not_applicable", "This needs several clusterings of the same images.")
+    torn = "" if agreement is None else (f" {counted(int((agreement <= 0.5).sum()), 'image')} of {len(agreement):,} "
+                                         "are put elsewhere by half of the clusterings or more.")
+    unstable = np.flatnonzero(stability < UNSTABLE)
+    if not len(unstable):
+        lowest = percent(float(np.nanmin(stability)))
+        return Finding(code, "The clusters are stable", "passed",
+                       f"Several clusterings agree on every cluster (lowest: {lowest}).{torn}")
+    worst = unstable[np.argsort(stability[unstable], kind="stable")]
+    listed = _listed([f"{names[i]} ({percent(float(stability[i]))})" for i in worst])
+    most = bool(assignment.sizes[unstable].sum() > 0.5 * len(assignment))
+    return Finding(code, "Most images are in unstable clusters" if most else "Unstable clusters",
+                   "critical" if most else "warning",
+                   f"Another seed or method would draw these clusters otherwise: {listed}.{torn}",
+                   "Look at their images below, and at a smaller and a larger number of classes: a cluster that comes "
+                   "and goes is often half of a class, or a mixture of two.")
+
+
+def check_baseline(scores: Sequence[Scores], result: str | None = None, *, frozen: bool = False) -> Finding:
     """Return whether plain k-means scores better than the result, by labels if there are any, else without.
 
     ``result`` is the method shown, on the first split of ``scores``; None for the last that is no baseline.
@@ -175,12 +192,12 @@ def check_baseline(scores: Sequence[Scores], result: str | None = None) -> Findi
         ahead = sign * (rival.values[name] - final.values[name])
         said = (f"{name.replace('_', ' ').capitalize()}: {rival.method} {rival.values[name]:.3f}, "
                 f"{final.method} {final.values[name]:.3f}.")
-        return _compared(code, rival.method, said, ahead)
+        return _compared(code, rival.method, said, ahead, frozen=frozen)
     return Finding(code, title, "not_applicable", "No score is known for both the result and k-means.")
 
 
-def _compared(code: str, rival: str, said: str, ahead: float) -> Finding:
-    cure = "longer pretraining or other options may help."
+def _compared(code: str, rival: str, said: str, ahead: float, *, frozen: bool) -> Finding:
+    cure = _OTHER_ENCODER if frozen else "longer pretraining or other options may help."
     if ahead > _BASELINE_MARGIN:
         return Finding(code, f"{rival} scores better", "warning", said,
                        f"The simple baseline is ahead by this number. Look at both before you use the result; {cure}")
@@ -188,26 +205,6 @@ def _compared(code: str, rival: str, said: str, ahead: float) -> Finding:
         return Finding(code, "No better than k-means", "note", said,
                        f"The simple baseline does as well by this number; {cure}")
     return Finding(code, "Better than k-means", "passed", said)
-
-
-def check_duplicates(neighbors: Neighbors | None) -> Finding:
-    """Return how many images look the same as another one to the encoder."""
-    code = "near-duplicates"
-    if neighbors is None or not neighbors.n_neighbors:
-        return Finding(code, "Near-duplicates", "not_applicable", "This needs neighbors.")
-    n_images = len(np.unique(near_duplicate_pairs(neighbors, DUPLICATE_SIMILARITY)))
-    limit = f"similarity {DUPLICATE_SIMILARITY} or more"
-    if not n_images:
-        return Finding(code, "No near-duplicates", "passed", f"No two images look the same to the encoder ({limit}).")
-    message = f"{n_images:,} of {len(neighbors):,} images look the same as another one to the encoder ({limit})."
-    if n_images > 0.5 * len(neighbors):
-        return Finding(code, "The encoder hardly tells images apart", "warning", message,
-                       "Unless your files are copies of one another, pretraining was too short or has collapsed: look "
-                       "at its loss, and train longer.")
-    return Finding(code, "Near-duplicates", "warning" if n_images > 0.2 * len(neighbors) else "note", message,
-                   "Copies make clusters look purer than they are, and flatter the scores when they lie on both sides "
-                   "of a train and test split. Remove true copies; if the pairs differ to your eye, the encoder is too "
-                   "coarse.")
 
 
 def check_skipped(skipped: Sequence[tuple[str, str]], n_images: int) -> Finding:

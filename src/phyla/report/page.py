@@ -12,19 +12,24 @@ import phyla
 from phyla.errors import InputError
 from phyla.evaluate.robustness import RobustnessCurve
 from phyla.neighbors import check_embeddings
+from phyla.oddities import Oddities, find_oddities
 from phyla.progress import bar
 from phyla.quality import effective_clusters
 from phyla.report import calibration, charts, figures, robustness, selection, wording
 from phyla.report.examples import Gallery
-from phyla.report.findings import DUPLICATE_SIMILARITY, Finding, all_findings
+from phyla.report.findings import Finding
+from phyla.report.health import Health, all_findings, health_record, judge
+from phyla.report.look import HINTS, Look, choose_look, oddity_columns
 from phyla.report.measures import ConfidenceSpread, Confusion, EmbeddingMap, curve_table, read_curves
 from phyla.report.scoretable import result_row, score_tables
 from phyla.report.thumbnails import make_sheet, make_thumbnails
-from phyla.storage import write_text
+from phyla.storage import write_json, write_text
+from phyla.tables import write_columns
 from phyla.types import Assignment, ImageSet, Neighbors, Scores
 
 N_REVIEW = 24
-N_PAIRS = 8
+LOOK_AT_MOST = 200_000
+"""Images whose pixels are measured at most; a tenth of that where pixels are not kept but decoded when asked for."""
 MOST_CARDS = 400
 """Clusters shown with images at most, the largest ones; all are in the table."""
 OPEN_CARDS = 24
@@ -56,6 +61,10 @@ class ReportInput:
     result : the method in ``scores`` that ``assignment`` is of; None for the last one that is no baseline
     results : every result of the run by its title, of the same images, ``assignment`` last; empty for that one alone
     robustness : what attacks leave of each; empty if none was made
+    stability : float (n_clusters,), 0 to 1: how far several clusterings agree on each cluster; NaN for an empty one
+    agreement : float (n_images,), 0 to 1: the share of several clusterings that puts an image where it is
+    frozen : whether the encoder was taken as it is: advice then does not speak of training it
+    min_confidence : images below it are unsure: the tables put them into no cluster
     """
 
     title: str
@@ -73,6 +82,10 @@ class ReportInput:
     result: str | None = None
     results: Mapping[str, Assignment] = field(default_factory=dict)
     robustness: Sequence[RobustnessCurve] = ()
+    stability: np.ndarray | None = None
+    agreement: np.ndarray | None = None
+    frozen: bool = False
+    min_confidence: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,8 +98,10 @@ class _Parts:
     spread: ConfidenceSpread
     layout: EmbeddingMap
     findings: Sequence[Finding]
+    health: Health
     review: Sequence[int]
-    pairs: Sequence[tuple[int, int]]
+    oddities: Oddities
+    look: Look
     gallery: Gallery
     honesty: Sequence[calibration.Honesty]
 
@@ -96,7 +111,7 @@ def build_report(data: ReportInput, folder: Path) -> Path:
 
     The figures are map.png, prototypes.png, confidence.png, curves.png, probabilities.png and, with neighbors,
     retrieval.png; with labels, confusion_matrix.png, reliability.png and risk_coverage.png; with attacks,
-    robustness.png.
+    robustness.png. Beside them health.json has the verdict and the findings, oddities.csv what is odd about each image.
 
     Raises
     ------
@@ -109,7 +124,7 @@ def build_report(data: ReportInput, folder: Path) -> Path:
     with bar("report", total=4, unit="part") as shown:
         parts = _work_out(data)
         shown.advance(note="figures")
-        written = _draw(data, parts, folder)
+        written = [*_draw(data, parts, folder), *_tell(data, parts, folder)]
         shown.advance(note="images")
         context = _images(data, parts)
         shown.advance(note="page")
@@ -126,12 +141,15 @@ def _check(data: ReportInput) -> None:
     lengths = {"assignment": len(data.assignment), "embeddings": len(data.embeddings)}
     lengths |= {} if data.neighbors is None else {"neighbors": len(data.neighbors)}
     lengths |= {} if data.truth is None else {"truth": len(data.truth[0])}
+    lengths |= {} if data.agreement is None else {"agreement": len(data.agreement)}
     for name, length in lengths.items():
         if length != n_images:
             raise InputError(f"a report of {n_images} images needs {name} of as many, got {length}")
     for name, assignment in {"assignment": data.assignment, **data.results}.items():
         if list(data.images.ids) != list(assignment.ids):
             raise InputError(f"images and {name} name different images, or in another order")
+    if data.stability is not None and len(data.stability) != n_clusters:
+        raise InputError(f"a report of {n_clusters} clusters needs stability of as many, got {len(data.stability)}")
     check_embeddings(data.embeddings)
 
 
@@ -141,17 +159,19 @@ def _work_out(data: ReportInput) -> _Parts:
     truth, classes = data.truth or (np.full(len(assignment), -1), ())
     confusion = Confusion.of(truth, classes, assignment, names=names)
     known, correct = (None, None) if confusion is None else (confusion.known, confusion.correct)
-    alike = () if neighbors is None else selection.near_duplicate_pairs(neighbors, DUPLICATE_SIMILARITY)[:N_PAIRS]
+    kept = isinstance(data.images.array, np.ndarray)
+    oddities = find_oddities(data.images, neighbors, look=len(assignment) <= LOOK_AT_MOST // (1 if kept else 10))
     clusters = selection.summarize_clusters(assignment, data.embeddings, neighbors, names=names,
                                             n_shown=_images_a_row(assignment.n_clusters))
     review = selection.review_first(assignment, N_REVIEW)
+    found = all_findings(assignment, names=names, neighbors=neighbors, oddities=oddities, curves=data.curves,
+                         scores=data.scores, result=data.result, skipped=data.skipped, correct=correct,
+                         stability=data.stability, agreement=data.agreement, frozen=data.frozen)
     chosen = selection.choose_examples(assignment, _prototypes(clusters), review)
     return _Parts(
         names, clusters, confusion, ConfidenceSpread(assignment, names, known, correct),
         EmbeddingMap.of(data.embeddings, assignment),
-        all_findings(assignment, names=names, neighbors=neighbors, curves=data.curves, scores=data.scores,
-                     result=data.result, skipped=data.skipped, correct=correct),
-        review, [(int(first), int(second)) for first, second in alike],
+        found, judge(found), review, oddities, choose_look(oddities, assignment.labels),
         Gallery.of(chosen, assignment, neighbors, names=names, truth=None if confusion is None else truth,
                    classes=() if confusion is None else confusion.classes),
         calibration.judge_results(_results(data), None if confusion is None else truth))
@@ -193,6 +213,13 @@ def _draw(data: ReportInput, parts: _Parts, folder: Path) -> list[str]:
     return list(drawings)
 
 
+def _tell(data: ReportInput, parts: _Parts, folder: Path) -> list[str]:
+    """Write the files that programs read, and return their names."""
+    write_json(folder / "health.json", health_record(parts.health, parts.findings))
+    write_columns(folder / "oddities.csv", oddity_columns(data.images.ids, parts.oddities, agreement=data.agreement))
+    return ["health.json", "oddities.csv"]
+
+
 def _shown_clusters(parts: _Parts) -> list[selection.ClusterSummary]:
     """Return the clusters that get a card, in their order: all with images, or the largest ones."""
     largest = sorted((c for c in parts.clusters if c.size), key=lambda cluster: -cluster.size)[:MOST_CARDS]
@@ -203,7 +230,7 @@ def _images(data: ReportInput, parts: _Parts) -> dict[str, object]:
     """Return the pictures of the page."""
     cards = _shown_clusters(parts)
     rows = [row for cluster in cards for row in cluster.rows]
-    rows += [*parts.review, *(row for pair in parts.pairs for row in pair), *parts.gallery.rows]
+    rows += [*parts.review, *parts.look.rows, *parts.gallery.rows]
     thumbnails = make_thumbnails(data.images, rows)
     return {"cards": cards, "thumbnails": thumbnails, "sheet": make_sheet(data.images, parts.layout.rows.tolist()),
             "heat": None if parts.confusion is None else charts.heat_uri(parts.confusion.shares)}
@@ -215,7 +242,9 @@ def _numbers(data: ReportInput, parts: _Parts) -> dict[str, object]:
     stages = list(dict.fromkeys(curve.stage for curve in curves))
     return {
         "data": data, "names": parts.names, "clusters": parts.clusters, "confusion": parts.confusion,
-        "spread": parts.spread, "findings": parts.findings, "review": parts.review, "pairs": parts.pairs,
+        "spread": parts.spread, "findings": parts.findings, "review": parts.review, "look": parts.look,
+        "oddities": parts.oddities, "health": parts.health, "hint_words": HINTS,
+        "n_groups": int(parts.oddities.groups.max()) + 1,
         "gallery": parts.gallery, "honesty": parts.honesty, "honesty_rows": calibration.summary(parts.honesty),
         "risk": calibration.risk_plot(parts.honesty), "risk_rows": calibration.risk_table(parts.honesty),
         "gaps": calibration.GAPS, "attacks": robustness.robustness_plots(data.robustness),

@@ -158,16 +158,6 @@ def second_choice(assignment: Assignment, row: int) -> tuple[int, float] | None:
     return int(values.argmax()), float(values.max())
 
 
-def near_duplicate_pairs(neighbors: Neighbors, similarity: float) -> np.ndarray:
-    """Return pairs of images at or above ``similarity``, int64 (n_pairs, 2), first index smaller, most alike first."""
-    rows, ranks = np.nonzero(neighbors.similarities >= similarity)
-    others = neighbors.indices[rows, ranks]
-    low, high = np.minimum(rows, others), np.maximum(rows, others)
-    _, first = np.unique(low * len(neighbors) + high, return_index=True)
-    order = first[np.argsort(-neighbors.similarities[rows, ranks][first], kind="stable")]
-    return np.stack([low[order], high[order]], axis=1).astype(np.int64)
-
-
 @dataclass(frozen=True)
 class Examples:
     """Images to be looked at closely, as rows, none of them twice.

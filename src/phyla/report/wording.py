@@ -133,6 +133,11 @@ def number(value: object) -> str:
     return f"{value:,.1f}" if 1000 <= abs(value) < 1e9 else f"{value:.4g}"
 
 
+def counted(count: int, word: str) -> str:
+    """Return a count and what is counted: "1 group", "2,000 groups"."""
+    return f"{count:,} {_plural(word, count)}"
+
+
 def duration(seconds: float) -> str:
     """Return a length of time in the units a person would use."""
     if seconds < 60:
