@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from phyla.classifier import Classifier
 from phyla.embed import forward_all
 from phyla.errors import DataNotFoundError, InputError, PhylaError, StorageError
 from phyla.images.augment import Views
+from phyla.nets.frozen import FrozenSpec, Member
 from phyla.nets.heads import ClusterHeads, ClusterNet, MixtureHeads, Projection, SpaceProjection
 from phyla.nets.resnet import EncoderSpec
 from phyla.onnx_file import OnnxFile, export_onnx, write_onnx
@@ -120,6 +122,16 @@ def test_the_metadata_say_what_a_reader_needs(written):
     assert json.loads(told["mean"]) == [0.3, 0.4, 0.5] and json.loads(told["std"]) == [0.2, 0.3, 0.25]
     assert json.loads(told["facts"]) == {"recipe": "test", "seed": 3} and told["phyla"] == phyla.__version__
     assert "bilinear" in told["crop"] and told["encoder"] == '"Sequential"'
+
+
+def test_frozen_weights_are_told_with_licence_and_training():
+    spec = FrozenSpec((Member.of("mobilenetv2", 32), replace(Member.of("mobilenetv2", 64), name="mine.pth")))
+    told = onnx_file._metadata(Classifier(ClusterNet(spec.build(), ClusterHeads(2560, 3)), Views("plain", 32), 32))
+    known, own = json.loads(told["weights"])
+    assert known == {"name": "mobilenetv2", "title": "MobileNetV2", "licence": "MIT", "data": "ImageNet-1k with labels",
+                     "supervision": "ImageNet-supervised"}
+    assert own == {"name": "mine.pth"} and FrozenSpec.read(json.loads(told["encoder"])) == spec
+    assert "weights" not in onnx_file._metadata(small())
 
 
 def test_no_folder_of_this_machine_is_in_the_file(written):
@@ -224,6 +236,16 @@ def spaces() -> Classifier:
     return classifier_of(EncoderSpec(width=2, members=2).build(seeded()), 32, projection=projection, heads=heads)
 
 
+def frozen(*names: str) -> Classifier:
+    """Frozen encoders of several sizes, which resize inside the network, and a member of the head on each."""
+    spec = FrozenSpec(tuple(Member.of(name, 48 + 16 * place) for place, name in enumerate(names)))
+    projection = SpaceProjection(spec.widths)
+    heads = MixtureHeads(spec.n_features, 3, len(names))
+    heads.weight.data = 30 * torch.randn(heads.weight.shape, generator=seeded())
+    views = Views("plain", 40, mean=(0.0,) * 3, std=(1.0,) * 3)
+    return Classifier(ClusterNet(spec.build(), heads, projection), views, 40, NAMES)
+
+
 # ── every kind of network ─────────────────────────────────────────────────────────────────────────────────────────
 
 KINDS = {
@@ -236,6 +258,8 @@ KINDS = {
                                               projection=Projection(32, 32, 0)),
     "two that vote": lambda: classifier_of(EncoderSpec(width=2, members=2).build(seeded()), 32),
     "spaces, layers, mixture in groups": lambda: spaces(),
+    "frozen": lambda: frozen("mobilenetv2", "lite0"),
+    "frozen transformer": lambda: frozen("vit-small"),
     "enlarged": lambda: classifier_of(EncoderSpec(width=2).build(seeded()), 16, size=11, view=19),
 }
 

@@ -11,10 +11,10 @@ import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from phyla.images.catalog import data_set_name
 from phyla.images.decode import read_image
 from phyla.images.folders import find_images
 from phyla.images.sources import evenly
+from phyla.nets.frozen import FROZEN, AnyEncoder, FrozenEncoder, encoder_form
 from phyla.storage import atomic, fingerprint, read_json
 
 if TYPE_CHECKING:
@@ -240,14 +241,24 @@ def _silence() -> Iterator[None]:
 def _metadata(classifier: Classifier) -> dict[str, str]:
     """Return what a reader of the file needs besides the network, text by name; lists and objects are JSON."""
     views, encoder = classifier.views, classifier.net.encoder
-    spec = getattr(encoder, "spec", None)
-    held: Any = asdict(spec) if is_dataclass(spec) and not isinstance(spec, type) else type(encoder).__name__
-    told = {"names": list(classifier.names), "mean": list(views.mean), "std": list(views.std), "encoder": held,
-            "facts": classifier.facts}
+    held = encoder_form(encoder) if isinstance(encoder, AnyEncoder) else type(encoder).__name__
+    told: dict[str, object] = {"names": list(classifier.names), "mean": list(views.mean), "std": list(views.std),
+                               "encoder": held, "facts": classifier.facts}
+    if isinstance(encoder, FrozenEncoder):
+        told["weights"] = [_origin(member.name) for member in encoder.spec.members]
     plain = {"size": str(classifier.size), "view": str(views.size), "crop": HOW_TO_CROP,
              "normalization": "in the network: (pixels / 255 - mean) / std of the centre square of view x view",
              "phyla": __version__}
     return plain | {name: json.dumps(value, ensure_ascii=False, default=str) for name, value in told.items()}
+
+
+def _origin(name: str) -> dict[str, str]:
+    """Return what must be said of the published weights ``name``; of a user's own, what they are called."""
+    if name not in FROZEN:
+        return {"name": name}
+    known = FROZEN[name]
+    return {"name": name, "title": known.title, "licence": known.licence, "supervision": known.supervision,
+            "data": known.data}
 
 
 def _describe(model: "ModelProto", about: Mapping[str, str]) -> None:
