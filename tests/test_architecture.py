@@ -15,7 +15,8 @@ SOURCE = ROOT / "src" / "phyla"
 LAYERS = (
     {"errors"}, {"storage", "progress", "randomness"}, {"types", "shards"}, {"tables"}, {"images"}, {"nets"},
     {"training"}, {"candidates", "centers"}, {"embed", "neighbors", "criteria", "oddities"},
-    {"reciprocal", "index", "spaces", "ensembles", "principal"}, {"generalization"}, {"quality"}, {"counting"},
+    {"reciprocal", "index", "spaces", "ensembles", "principal"}, {"generalization"}, {"quality"},
+    {"counting", "mergetree"},
     {"pretrain", "cluster", "refine"}, {"layouts"}, {"classifier", "zoo", "rundir"}, {"evaluate"}, {"report"},
     {"pipeline"}, {"recipes"}, {"overrides"}, {"stages", "recorded", "top"}, {"runner"}, {"labelling"},
     {"prediction", "inventory", "onnx_file", "image_table"}, {"exports"}, {"display", "launch"}, {"cli"},

@@ -225,6 +225,89 @@ class MixtureHeads(nn.Module):
                 "n_members": self.weight.shape[0], "groups": self.groups.tolist()}
 
 
+class NestedHeads(nn.Module):
+    """One head: log P(leaf) = log P(its cluster) + log softmax over the leaves of that cluster, summed in groups.
+
+    Parameters
+    ----------
+    inner : spec of the heads of the clusters, one head
+    parents : the cluster of each leaf, rising from 0; ``weight`` is (n_leaves, n_features) and ``bias`` (n_leaves,)
+    groups : the group of each leaf, from 0; None: each leaf is one
+    """
+
+    table: Tensor
+    place: Tensor
+    parents: Tensor
+    groups: Tensor
+
+    def __init__(self, inner: dict[str, object], parents: Sequence[int], groups: Sequence[int] | None = None) -> None:
+        super().__init__()
+        self.inner: Heads = build_heads(inner)
+        own = torch.as_tensor(parents, dtype=torch.int64)
+        held = torch.arange(len(own)) if groups is None else torch.as_tensor(groups, dtype=torch.int64)
+        counts = torch.bincount(own, minlength=self.inner.n_clusters)
+        if self.inner.n_heads != 1 or len(counts) != self.inner.n_clusters or not bool((counts > 0).all()) \
+                or not torch.equal(own, own.sort().values):
+            raise InputError(f"leaves must be of all {self.inner.n_clusters} clusters of one head, in order")
+        if held.shape != own.shape or not torch.equal(torch.unique(held), torch.arange(int(held.max()) + 1)):
+            raise InputError(f"groups must give each of {len(own)} leaves a group, all from 0 on used")
+        first = counts.cumsum(0) - counts
+        seat = torch.arange(len(own)) - first[own]
+        table = torch.full((len(counts), int(counts.max())), -1)
+        table[own, seat] = torch.arange(len(own))
+        n_features = int(self.inner.spec()["n_features"])  # type: ignore[call-overload]
+        self.weight = nn.Parameter(torch.zeros(len(own), n_features))
+        self.bias = nn.Parameter(torch.zeros(len(own)))
+        for name, value in (("table", table), ("place", own * table.shape[1] + seat), ("parents", own),
+                            ("groups", held)):
+            self.register_buffer(name, value.clone())
+        self._n_clusters = int(held.max()) + 1
+
+    @classmethod
+    def of(cls, inner: ClusterHeads | MixtureHeads, weight: Float[Tensor, "leaves features"],
+           bias: Float[Tensor, " leaves"], parents: Sequence[int], groups: Sequence[int]) -> "NestedHeads":
+        """Return heads with the parameters of ``inner`` and these of the leaves."""
+        made = cls(inner.spec(), parents, groups)
+        made.inner = copy.deepcopy(inner)
+        made.weight.data, made.bias.data = weight.clone(), bias.clone()
+        return made.to(inner.weight.device)
+
+    @property
+    def n_heads(self) -> int:
+        """1."""
+        return 1
+
+    @property
+    def n_clusters(self) -> int:
+        """Groups of leaves."""
+        return self._n_clusters
+
+    def forward(self, embeddings: Float[Tensor, "batch features"]) -> Float[Tensor, "heads batch clusters"]:
+        """Return the logarithms of the probabilities of the groups."""
+        outer = self.inner(embeddings)[0]
+        outer = (outer if outer.dtype == torch.float64 else outer.float()).log_softmax(dim=1)
+        near = nn.functional.linear(embeddings, self.weight, self.bias).to(outer.dtype)
+        seated = near[:, self.table.clamp(min=0)].masked_fill(self.table < 0, -torch.inf)  # (B, clusters, most leaves)
+        each = (outer[:, :, None] + seated.log_softmax(dim=2)).flatten(1)[:, self.place].exp()
+        summed = each.new_zeros(len(each), self._n_clusters).index_add(1, self.groups, each)
+        return summed.clamp(min=torch.finfo(each.dtype).tiny).log()[None]
+
+    def probabilities(self, embeddings: Float[Tensor, "batch features"]) -> Float[Tensor, "batch heads clusters"]:
+        """Return the probabilities of the groups in float32 or better, images first."""
+        return self.forward(embeddings).softmax(dim=2).transpose(0, 1)
+
+    def only(self, head: int) -> "NestedHeads":
+        """Return a copy; ``head`` is 0."""
+        if head != 0:
+            raise InputError(f"there is no head {head}", "nested heads are one head, 0")
+        return copy.deepcopy(self)
+
+    def spec(self) -> dict[str, object]:
+        """Return the arguments that make heads of this form, and their kind, for a file."""
+        return {"kind": "nested", "inner": self.inner.spec(), "parents": self.parents.tolist(),
+                "groups": self.groups.tolist()}
+
+
 class NormalizedHeads(nn.Module):
     """Heads without bias whose weights are normalised, and which sharpen by a temperature: rows (B, D) to (H, B, K).
 
@@ -271,7 +354,7 @@ def normalized(weight: Float[Tensor, "*heads features clusters"], norm: Norm
     return nn.functional.normalize(weight, dim=-1 if norm == "feature_rows" else -2)
 
 
-Heads = ClusterHeads | MixtureHeads
+Heads = ClusterHeads | MixtureHeads | NestedHeads
 AnyProjection = Projection | SpaceProjection
 
 
@@ -284,7 +367,8 @@ def build_projection(form: Mapping[str, Any]) -> AnyProjection:
 def build_heads(form: Mapping[str, Any]) -> Heads:
     """Return the heads whose ``spec()`` this is, with weights of 0."""
     told = dict(form)
-    return MixtureHeads(**told) if told.pop("kind", None) == "mixture" else ClusterHeads(**told)
+    kinds: Mapping[object, type[Heads]] = {"mixture": MixtureHeads, "nested": NestedHeads}
+    return kinds.get(told.pop("kind", None), ClusterHeads)(**told)
 
 
 class ClusterNet(nn.Module):
