@@ -32,6 +32,7 @@ def test_what_the_run_says_is_in_the_table(made):
     table, held = pq.read_table(out), pq.read_table(run / "assignments.parquet")
     assert table.column_names == LONE and table.select(COLUMNS).equals(held)
     assert [path.name for path in out.parent.iterdir()] == ["images.parquet"]
+    assert table["outlier"].null_count == table["outlier_score"].null_count == 0  # as the report leaves them
     for row in table.to_pylist():
         assert row["path"] == str((photos / row["id"]).absolute()) and row["name"] == f"cluster {row['cluster']}"
     told = json.loads(table.schema.metadata[b"names"])
