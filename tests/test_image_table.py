@@ -39,6 +39,14 @@ def test_what_the_run_says_is_in_the_table(made):
     assert told == ["cluster 0", "cluster 1", "cluster 2"] and table.schema.metadata[b"source"] == str(photos).encode()
 
 
+def test_an_image_in_no_cluster_is_called_unsure(made):
+    run, _, out = made
+    held = pq.read_table(run / "assignments.parquet")
+    pq.write_table(held.set_column(1, "cluster", [[-1, *held["cluster"].to_pylist()[1:]]]), run / "assignments.parquet")
+    export_parquet(run, out)
+    assert [i for i, name in enumerate(pq.read_table(out)["name"].to_pylist()) if name == "unsure"] == [0]
+
+
 def test_the_map_is_that_of_the_report(made):
     run, _, out = made
     export_parquet(run, out)

@@ -123,6 +123,25 @@ def test_progress_counts_every_file(made, tmp_path):
     assert bars == [["predict", N_PICTURES + 1, N_PICTURES + 1]]
 
 
+def test_images_below_the_least_confidence_are_in_no_cluster_in_every_form(made, tmp_path, capsys):
+    run, photos = made
+    classifier, held = Classifier.load(run), table(run / "assignments.csv")
+    least = float(np.median([float(row["confidence"]) for row in held])) + 1e-4
+    predict_table(classifier, photos, tmp_path / "t.csv", min_confidence=least)
+    rows = table(tmp_path / "t.csv")
+    open_ = [row["cluster"] == "-1" for row in rows]
+    assert open_ == [float(row["confidence"]) < least for row in rows] and 0 < sum(open_) < N_PICTURES
+    firsts = [row["second"] if row["cluster"] == "-1" else row["cluster"] for row in rows]
+    assert firsts == [row["cluster"] for row in held]
+    predict_table(classifier, photos, None, min_confidence=least)
+    assert capsys.readouterr().out == (tmp_path / "t.csv").read_text(encoding="utf-8")
+    predict_table(classifier, photos, None, min_confidence=least, as_json=True)
+    assert [row["cluster"] for row in json.loads(capsys.readouterr().out)] == [int(row["cluster"]) for row in rows]
+    for out in (None, tmp_path / "u.csv"):
+        with pytest.raises(InputError, match="min_confidence must be from 0 to 1"):
+            predict_table(classifier, photos, out, min_confidence=2)
+
+
 # ── folders ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -144,6 +163,15 @@ def test_what_is_doubtful_is_kept_apart(made, tmp_path):
     middle = float(np.median(sure))
     export_folders(run, tmp_path / "sorted", min_confidence=middle)
     assert len(list((tmp_path / "sorted" / "unsure").iterdir())) == sum(value < middle for value in sure) > 0
+
+
+def test_what_is_in_no_cluster_of_the_table_is_unsure_too(made, tmp_path):
+    run, _ = made
+    rows = pq.read_table(run / "assignments.parquet")
+    pq.write_table(rows.set_column(1, "cluster", [[-1, *rows["cluster"].to_pylist()[1:]]]), run / "assignments.parquet")
+    export_folders(run, tmp_path / "sorted")
+    assert [path.name for path in (tmp_path / "sorted" / "unsure").iterdir()] == [
+        rows["id"].to_pylist()[0].replace("/", "__")]
 
 
 def test_names_of_clusters_become_names_of_folders(made, tmp_path):

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from phyla.errors import InputError, StorageError
-from phyla.tables import COLUMNS, stdout_csv, stream_csv, write_assignments, write_columns
+from phyla.tables import COLUMNS, left_open, stdout_csv, stream_csv, write_assignments, write_columns
 from phyla.types import Assignment
 
 ODD = ["a,b.png", 'say "cheese".png', "two\nlines.png", "old\rmac.png", "tab\there.png", "größe/日本.png", " spaces ",
@@ -163,3 +163,25 @@ def test_columns_of_any_kind_are_written_and_what_is_not_known_is_empty(tmp_path
     with pytest.raises(ValueError, match="shorter"):
         write_columns(tmp_path / "b.csv", {"id": ["a", "b"], "score": [1.0]})
     assert not (tmp_path / "b.csv").exists()
+
+
+def test_what_is_below_the_least_confidence_is_in_no_cluster_and_keeps_what_it_might_be(tmp_path):
+    p = np.array([[0.5, 0.3, 0.1, 0.1], [0.1, 0.2, 0.3, 0.4], [0.0, 0.9, 0.1, 0.0]], np.float32)
+    whole = Assignment(p, ["a", "b", "c"])
+    write_assignments(tmp_path / "t.csv", [left_open(whole, 0.5)])
+    assert read(tmp_path / "t.csv")[1:] == [
+        ["a", "0", "0.500000", "1", "0.300000", "2", "0.100000"],
+        ["b", "-1", "0.400000", "3", "0.400000", "2", "0.300000"],
+        ["c", "1", "0.900000", "2", "0.100000", "0", "0.000000"]]
+    assert left_open(whole, 0) is whole
+    for least in (-0.1, 1.1, float("nan")):
+        with pytest.raises(InputError, match="min_confidence must be from 0 to 1"):
+            left_open(whole, least)
+
+
+@pytest.mark.parametrize("clusters", [1, 2])
+def test_of_few_clusters_the_unsure_keep_the_first(clusters):
+    found = left_open(Assignment(np.full((2, clusters), 1 / clusters, np.float32), ["a", "b"]), 1.0)
+    numbers, shares = found.top(3)
+    assert numbers.tolist() == [[[0], [-1, 0]][clusters - 1]] * 2
+    assert shares.tolist() == [[[1.0], [0.5, 0.5]][clusters - 1]] * 2

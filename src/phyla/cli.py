@@ -134,6 +134,8 @@ def predict(run: Annotated[Path, typer.Argument(metavar="RUN", help="the folder 
                                                             "each image", show_default=False)] = None,
             shard: Annotated[str | None, typer.Option(metavar="I/N", help="do the I-th of N parts of the work; the "
                                                       "last to end writes the file", show_default=False)] = None,
+            min_confidence: Annotated[float, typer.Option(min=0, max=1, help="put images below this confidence into "
+                                                          "no cluster: -1")] = 0.0,
             device: DeviceName = "auto", precision: Precision = "auto", devices: Devices = None, strict: Strict = False,
             quiet: Quiet = False, as_json: AsJson = False) -> None:
     """Label new images with a run's classifier.
@@ -151,7 +153,7 @@ def predict(run: Annotated[Path, typer.Argument(metavar="RUN", help="the folder 
 
         chosen, share = launch.joined(device, precision), share_from(shard) if shard else None
         outcome = predict_table(Classifier.load(run), images, out, embeddings=embeddings, device=chosen, strict=strict,
-                                as_json=as_json, share=share)
+                                as_json=as_json, share=share, min_confidence=min_confidence)
     if launch.rank() > 0:
         return
     if as_json and (out or embeddings):

@@ -24,7 +24,7 @@ from phyla.progress import bar
 from phyla.report.measures import MAP_LIMIT, lay_out
 from phyla.rundir import load_neighbors
 from phyla.storage import atomic, read_json
-from phyla.tables import COLUMNS
+from phyla.tables import COLUMNS, UNSURE, UNSURE_CLUSTER
 from phyla.types import Neighbors
 
 log = logging.getLogger("phyla")
@@ -200,7 +200,8 @@ def _block(held: _Held, places: np.ndarray, start: int, *, embeddings: bool) -> 
     block: dict[str, object] = {name: told[name].combine_chunks() for name in COLUMNS}
     block |= {name: held.odd[name].slice(start, len(told)).combine_chunks() for name in ODD}
     block["path"] = [held.paths.get(name) for name in told["id"].to_pylist()]
-    block["name"] = [held.names[cluster] for cluster in told["cluster"].to_pylist()]
+    block["name"] = [UNSURE if cluster == UNSURE_CLUSTER else held.names[cluster]
+                     for cluster in told["cluster"].to_pylist()]
     block["x"], block["y"] = places[rows, 0], places[rows, 1]
     block["neighbors"] = _near(held.neighbors, rows)
     if embeddings:

@@ -22,7 +22,7 @@ from phyla.images.stored import FileList, files_fingerprint
 from phyla.progress import Bar, bar
 from phyla.shards import SHARD, Shards, work_folder
 from phyla.storage import atomic, claimed
-from phyla.tables import N_TOP, Ranked, table_suffix, write_assignments
+from phyla.tables import N_TOP, Ranked, checked_confidence, left_open, table_suffix, write_assignments
 from phyla.training.agreement import by_first
 from phyla.training.device import Device
 
@@ -42,7 +42,8 @@ def share_from(text: str) -> Share:
 
 
 def label_files(classifier: Classifier, images: Path, out: Path | None, *, embeddings: Path | None = None,
-                device: Device | None = None, strict: bool = False, share: Share | None = None) -> dict[str, object]:
+                device: Device | None = None, strict: bool = False, share: Share | None = None,
+                min_confidence: float = 0.0) -> dict[str, object]:
     """Write what ``classifier`` makes of the images of a folder, list or file; return counts, None for what others do.
 
     Parameters
@@ -52,13 +53,14 @@ def label_files(classifier: Classifier, images: Path, out: Path | None, *, embed
         NAME.ids.json beside it
     device : the processes of its group deal the shards out among themselves, and the first one joins them
     share : (i, n): make only the shards of worker i of n, from 0, and join them if they are the last; None: all
+    min_confidence : images below it are put into no cluster (``left_open``)
 
     Raises
     ------
     InputError
         There is no image, or not one that can be read; or other workers are at something else.
     """
-    target = _target(out, embeddings)
+    target, min_confidence = _target(out, embeddings), checked_confidence(min_confidence)
     device = device or device_of(classifier.net)
     files = FileList(walk(images))
     shards = _shards(classifier, files, target, device, with_embeddings=embeddings is not None)
@@ -81,7 +83,8 @@ def label_files(classifier: Classifier, images: Path, out: Path | None, *, embed
                     log.info("%d of %d shards are there; whoever makes the last one writes the result",
                              len(shards) - missing, len(shards))
                 return told  # else another worker has joined them while this one waited
-            told |= _join(shards, files, images, out, embeddings, strict=strict, made=made)
+            told |= _join(shards, files, images, out, embeddings, strict=strict, made=made,
+                          min_confidence=min_confidence)
     return told
 
 
@@ -154,7 +157,7 @@ def _packed(outputs: Iterator[Output]) -> dict[str, np.ndarray]:
 
 
 def _join(shards: Shards, files: FileList, images: Path, out: Path | None, embeddings: Path | None, *, strict: bool,
-          made: set[int]) -> dict[str, object]:
+          made: set[int], min_confidence: float) -> dict[str, object]:
     n_skipped, n_rows = 0, 0
     for shard in range(len(shards)):
         skipped = _skipped(shards, shard)
@@ -168,7 +171,7 @@ def _join(shards: Shards, files: FileList, images: Path, out: Path | None, embed
     if embeddings is not None:
         _write_embeddings(embeddings, shards, lambda: _ranked(shards, files))
     if out is not None:
-        write_assignments(out, _ranked(shards, files))
+        write_assignments(out, (left_open(chunk, min_confidence) for chunk in _ranked(shards, files)))
     n_rows = len(files) - n_skipped
     shards.remove()
     return {"labelled": n_rows, "skipped": n_skipped}

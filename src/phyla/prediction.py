@@ -24,7 +24,7 @@ from phyla.progress import bar
 from phyla.recipes.settings import CIFAR10, CIFAR100, CIFAR100_SUPERAND, IMAGENET
 from phyla.rundir import save_encoder
 from phyla.storage import read_json, storage_error, write_array
-from phyla.tables import COLUMNS, N_TOP, stdout_csv
+from phyla.tables import COLUMNS, N_TOP, UNSURE, UNSURE_CLUSTER, Rows, checked_confidence, left_open, stdout_csv
 from phyla.training.device import Device
 from phyla.types import Assignment
 from phyla.zoo import load_published
@@ -34,7 +34,7 @@ log = logging.getLogger("phyla")
 
 def predict_table(classifier: Classifier, images: Path, out: Path | None, *, embeddings: Path | None = None,
                   device: Device | None = None, strict: bool = False, as_json: bool = False,
-                  share: Share | None = None) -> dict[str, object]:
+                  share: Share | None = None, min_confidence: float = 0.0) -> dict[str, object]:
     """Label the images of a folder, list or file as a table on stdout or in ``out``; constant memory.
 
     Returns how many were labelled and skipped. Unreadable files are named in the log and left out of the table. What
@@ -45,6 +45,7 @@ def predict_table(classifier: Classifier, images: Path, out: Path | None, *, emb
     embeddings : a .npy file, written besides; without ``out`` nothing goes to stdout then
     as_json : a JSON list on stdout instead of CSV; ``out`` goes by its name
     share : as for ``label_files``
+    min_confidence : images below it are put into no cluster (``left_open``)
 
     Raises
     ------
@@ -52,20 +53,21 @@ def predict_table(classifier: Classifier, images: Path, out: Path | None, *, emb
         There is no image, or not one that can be read.
     """
     if out is not None or embeddings is not None:
-        return label_files(classifier, images, out, embeddings=embeddings, device=device, strict=strict, share=share)
+        return label_files(classifier, images, out, embeddings=embeddings, device=device, strict=strict, share=share,
+                           min_confidence=min_confidence)
     if share is not None or (device is not None and device.group.size > 1):
         raise InputError("shards need a file to become", "give --out or --embeddings")
-    skipped = 0
+    skipped, min_confidence = 0, checked_confidence(min_confidence)
     files = FileList(walk(images))  # before the first line is written
 
-    def chunks() -> Iterator[Assignment]:
+    def chunks() -> Iterator[Rows]:
         nonlocal skipped
         with bar("predict", total=len(files), unit="image") as shown:
             for made in classifier.output_stream(files, device=device, strict=strict):
                 skipped += len(made.skipped)
                 shown.advance(len(made.ids) + len(made.skipped))
                 if made.ids:
-                    yield Assignment(made.probabilities, made.ids)
+                    yield left_open(Assignment(made.probabilities, made.ids), min_confidence)
         if skipped == len(files):
             raise InputError(f"none of the {len(files)} images of {images} can be read",
                              "check that they open in an image viewer")
@@ -74,7 +76,7 @@ def predict_table(classifier: Classifier, images: Path, out: Path | None, *, emb
     return {"labelled": labelled, "skipped": skipped, "out": None}
 
 
-def _stdout_json(chunks: Iterable[Assignment]) -> int:
+def _stdout_json(chunks: Iterable[Rows]) -> int:
     """Write one JSON list, an object a line, with the columns of the other tables; return the number of rows."""
     n_rows = 0
     for chunk in chunks:
@@ -91,8 +93,9 @@ def _stdout_json(chunks: Iterable[Assignment]) -> int:
 def export_folders(run: Path, folders: Path, *, min_confidence: float = 0.0, link: bool = False) -> int:
     """Copy or link the images of a run into one folder a cluster below ``folders``; return how many.
 
-    An image below ``min_confidence`` goes into ``unsure``. The run must have been made from a folder or list of files,
-    and ``folders`` must be empty or new: nothing is written over, and no earlier export is mixed with this one.
+    An image below ``min_confidence``, or in no cluster, goes into ``unsure``. The run must have been made from a folder
+    or list of files, and ``folders`` must be empty or new: nothing is written over, and no earlier export is mixed with
+    this one.
     """
     source, table = _exported(run, folders)
     names = [_folder_name(name) for name in Classifier.load(run).names]
@@ -101,7 +104,8 @@ def export_folders(run: Path, folders: Path, *, min_confidence: float = 0.0, lin
     missing = 0
     with bar("export", total=len(rows), unit="image") as shown:
         for row in rows:
-            place = folders / ("unsure" if row["confidence"] < min_confidence else names[row["cluster"]])
+            unsure = row["confidence"] < min_confidence or row["cluster"] == UNSURE_CLUSTER
+            place = folders / (UNSURE if unsure else names[row["cluster"]])
             if row["id"] in where:
                 _put(Path(where[row["id"]]), _free(place / _file_name(row["id"])), link=link)
             else:

@@ -17,6 +17,8 @@ from phyla.types import Assignment
 N_TOP = 3
 COLUMNS = ["id", "cluster", "confidence", "second", "second_probability", "third", "third_probability"]
 FORMATS = (".csv", ".tsv", ".parquet")
+UNSURE, UNSURE_CLUSTER = "unsure", -1
+"""What an image is called, and the cluster it is given, that is put into none because its confidence is too low."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +45,33 @@ class Ranked:
 
 
 Rows = Assignment | Ranked
+
+
+def checked_confidence(least: float) -> float:
+    """Return ``least``; InputError where it is no confidence, 0 to 1."""
+    if not 0 <= least <= 1:
+        raise InputError(f"min_confidence must be from 0 to 1, got {least}")
+    return least
+
+
+def left_open(rows: Rows, min_confidence: float) -> Rows:
+    """Return ``rows``, those below ``min_confidence`` in no cluster: -1, with the clusters that come first as the next.
+
+    So "cluster" is -1, "confidence" stays the largest probability, and "second" and "third" are, as in every row, the
+    most probable clusters besides "cluster".
+
+    Raises
+    ------
+    InputError
+        ``min_confidence`` is not from 0 to 1.
+    """
+    if checked_confidence(min_confidence) == 0:
+        return rows
+    clusters, probabilities = rows.top(N_TOP)
+    unsure = probabilities[:, :1] < min_confidence
+    lower = np.concatenate([np.full_like(clusters[:, :1], UNSURE_CLUSTER), clusters[:, :-1]], axis=1)
+    less = np.concatenate([probabilities[:, :1], probabilities[:, :-1]], axis=1)
+    return Ranked(rows.ids, np.where(unsure, lower, clusters), np.where(unsure, less, probabilities))
 
 
 def table_suffix(path: Path | str) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from phyla.rundir import RunDir, is_placed, load_assignment, place, save_records
 from phyla.storage import read_json, write_json
-from phyla.tables import write_assignments
+from phyla.tables import left_open, write_assignments
 
 _TABLES = {"train": "assignments", "held_out": "assignments-held-out"}
 
@@ -20,11 +20,13 @@ class Top:
     run : the folder, with the stages asked for so far
     splits : names of the splits, the clustered one first
     result : the stage whose assignment and classifier are shown; None before there is one
+    min_confidence : images below it are put into no cluster of the tables (``left_open``)
     """
 
     run: RunDir
     splits: Sequence[str]
     result: str | None
+    min_confidence: float = 0.0
 
     def show(self, facts: Mapping[str, object], records: Sequence[Mapping[str, object]]) -> None:
         """Place the stages' files, write tables and records, and last run.json, which names them all."""
@@ -37,7 +39,8 @@ class Top:
         for name, source in placed.items():
             place(source, folder / name)
         for name, split in tables.items():
-            write_assignments(folder / name, [load_assignment(self._folder(str(self.result)), split)])
+            found = load_assignment(self._folder(str(self.result)), split)
+            write_assignments(folder / name, [left_open(found, self.min_confidence)])
         save_records(folder / "metrics.jsonl", records)
         write_json(path, dict(facts) | {"files": files})
 

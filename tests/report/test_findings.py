@@ -162,6 +162,10 @@ def test_stability(stability, severity):
     assert findings.check_stability(sized(3, 3), None, None, NAMES).severity == "not_applicable"
 
 
+def test_the_stability_of_an_empty_cluster_says_nothing():
+    assert findings.check_stability(sized(3, 0, 3), np.array([0.9, 0, 0.9]), None, NAMES).severity == "passed"
+
+
 def test_stability_names_the_worst_first_and_counts_images_put_elsewhere():
     found = findings.check_stability(sized(3, 3, 3), np.array([0.5, 0.25, 1]), np.repeat([0.5, 0.25, 1], 3), NAMES)
     assert "Cluster 1 (25 %), Cluster 0 (50 %)" in found.message.replace("\N{NO-BREAK SPACE}", " ")

@@ -372,6 +372,14 @@ def test_odd_images_are_shown_and_in_a_table(make_run, tmp_path):
     assert {row["agreement"] for row in rows} == {""}
 
 
+def test_images_left_open_are_counted(make_run, tmp_path):
+    data = make_run()
+    least = float(np.median(data.assignment.confidence))
+    page = read(build_report(replace(data, min_confidence=least), tmp_path / "a"))
+    assert f"Unsure {int((data.assignment.confidence < least).sum())} below {least:.2f}" in page.text
+    assert "in no cluster of the tables" not in read(build_report(data, tmp_path / "b")).text
+
+
 def test_pixels_of_very_many_images_are_not_looked_at(make_run, tmp_path, monkeypatch):
     monkeypatch.setattr("phyla.report.page.LOOK_AT_MOST", 59)
     page = read(build_report(make_run(), tmp_path))

@@ -23,7 +23,7 @@ SEVERITIES: tuple[Severity, ...] = ("critical", "warning", "note", "passed", "no
 DOUBTFUL_AGREEMENT = 0.5
 """A cluster is doubtful when less than this share of its members' neighbors lie in it."""
 UNSTABLE = 0.6
-"""A cluster is unstable when several clusterings agree on less than this share of its images."""
+"""A cluster is unstable when it and its counterpart in other clusterings share less of their images (Hennig 2007)."""
 _BASELINE_MARGIN = 0.02
 _OTHER_ENCODER = "another encoder, or two together, may see what this one does not."
 _SHOWN_NAMES = 6
@@ -151,10 +151,12 @@ def check_stability(assignment: Assignment, stability: np.ndarray | None, agreem
 
     Parameters
     ----------
-    stability : (n_clusters,), share of its images on which the clusterings agree; NaN for an empty cluster
+    stability : (n_clusters,), 0 to 1: how far each cluster is the same images in every clustering (mean Jaccard index);
+        an empty one is not judged
     agreement : (n_images,), share of the clusterings that put an image where it is; None where that is not known
     """
     code = "unstable-clusters"
+    stability = None if stability is None else np.where(assignment.sizes > 0, stability, np.nan)
     if stability is None or not np.isfinite(stability).any():
         return Finding(code, "Stability", "not_applicable", "This needs several clusterings of the same images.")
     torn = "" if agreement is None else (f" {counted(int((agreement <= 0.5).sum()), 'image')} of {len(agreement):,} "
@@ -163,13 +165,13 @@ def check_stability(assignment: Assignment, stability: np.ndarray | None, agreem
     if not len(unstable):
         lowest = percent(float(np.nanmin(stability)))
         return Finding(code, "The clusters are stable", "passed",
-                       f"Several clusterings agree on every cluster (lowest: {lowest}).{torn}")
+                       f"Several clusterings find every cluster again (lowest overlap: {lowest}).{torn}")
     worst = unstable[np.argsort(stability[unstable], kind="stable")]
     listed = _listed([f"{names[i]} ({percent(float(stability[i]))})" for i in worst])
     most = bool(assignment.sizes[unstable].sum() > 0.5 * len(assignment))
     return Finding(code, "Most images are in unstable clusters" if most else "Unstable clusters",
                    "critical" if most else "warning",
-                   f"Another seed or method would draw these clusters otherwise: {listed}.{torn}",
+                   f"Other clusterings draw these otherwise (overlap with theirs): {listed}.{torn}",
                    "Look at their images below, and at a smaller and a larger number of classes: a cluster that comes "
                    "and goes is often half of a class, or a mixture of two.")
 

@@ -9,6 +9,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 import phyla
+from phyla.counting import ClassCount
 from phyla.errors import InputError
 from phyla.evaluate.robustness import RobustnessCurve
 from phyla.neighbors import check_embeddings
@@ -20,6 +21,7 @@ from phyla.report.examples import Gallery
 from phyla.report.findings import Finding
 from phyla.report.health import Health, all_findings, health_record, judge
 from phyla.report.look import HINTS, Look, choose_look, oddity_columns
+from phyla.report.making import MemberRow, count_plots, count_table, member_table
 from phyla.report.measures import ConfidenceSpread, Confusion, EmbeddingMap, curve_table, read_curves
 from phyla.report.scoretable import result_row, score_tables
 from phyla.report.thumbnails import make_sheet, make_thumbnails
@@ -61,10 +63,12 @@ class ReportInput:
     result : the method in ``scores`` that ``assignment`` is of; None for the last one that is no baseline
     results : every result of the run by its title, of the same images, ``assignment`` last; empty for that one alone
     robustness : what attacks leave of each; empty if none was made
-    stability : float (n_clusters,), 0 to 1: how far several clusterings agree on each cluster; NaN for an empty one
+    stability : float (n_clusters,), 0 to 1: how far each cluster is the same images in several clusterings
     agreement : float (n_images,), 0 to 1: the share of several clusterings that puts an image where it is
     frozen : whether the encoder was taken as it is: advice then does not speak of training it
     min_confidence : images below it are unsure: the tables put them into no cluster
+    class_count : how many classes there seem to be, where the number was looked for
+    members : the clusterings that the result was made of, in order; empty for one that is no consensus
     """
 
     title: str
@@ -86,6 +90,8 @@ class ReportInput:
     agreement: np.ndarray | None = None
     frozen: bool = False
     min_confidence: float = 0.0
+    class_count: ClassCount | None = None
+    members: Sequence[MemberRow] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -244,11 +250,14 @@ def _numbers(data: ReportInput, parts: _Parts) -> dict[str, object]:
         "data": data, "names": parts.names, "clusters": parts.clusters, "confusion": parts.confusion,
         "spread": parts.spread, "findings": parts.findings, "review": parts.review, "look": parts.look,
         "oddities": parts.oddities, "health": parts.health, "hint_words": HINTS,
+        "n_unsure": int((assignment.confidence < data.min_confidence).sum()),
         "n_groups": int(parts.oddities.groups.max()) + 1,
         "gallery": parts.gallery, "honesty": parts.honesty, "honesty_rows": calibration.summary(parts.honesty),
         "risk": calibration.risk_plot(parts.honesty), "risk_rows": calibration.risk_table(parts.honesty),
         "gaps": calibration.GAPS, "attacks": robustness.robustness_plots(data.robustness),
         "attack_rows": robustness.robustness_table(data.robustness),
+        "count_plots": count_plots(data.class_count), "count_rows": count_table(data.class_count),
+        "member_rows": member_table(data.members),
         "layout": parts.layout, "version": phyla.__version__, "verdict": _verdict(data, parts),
         "tables": score_tables(data.scores, data.result), "effective": effective_clusters(assignment.labels),
         "agreement": _mean_agreement(parts.clusters), "sure_share": float((assignment.confidence >= 0.9).mean()),
