@@ -70,6 +70,24 @@ def scan_loss(anchor_logits: Rows, neighbor_logits: Rows, *, entropy_weight: flo
     return consistency - entropy_weight * entropy(average), consistency, entropy(average)
 
 
+def turtle_loss(tasks: np.ndarray, logits: np.ndarray, *, entropy_weight: float, prior: Sequence[float] | None = None
+                ) -> tuple[float, float, float]:
+    """Return the outer loss of (M, K, B) task logits and classifiers' logits, its cross-entropy, and its entropy."""
+    n_spaces, n_clusters, n_images = tasks.shape
+    labels = [[softmax(tasks[m, :, i]) for i in range(n_images)] for m in range(n_spaces)]
+    cross_entropy = entropies = spread = 0.0
+    for m in range(n_spaces):
+        for i in range(n_images):
+            found = softmax(logits[m, :, i])
+            for c in range(n_clusters):
+                target = mean([labels[other][i][c] for other in range(n_spaces)])
+                cross_entropy -= target * math.log(found[c]) / n_images
+        shares = [mean([labels[m][i][c] for i in range(n_images)]) for c in range(n_clusters)]
+        entropies += entropy(shares)
+        spread -= math.fsum(s * math.log(s / (1.0 if prior is None else prior[c])) for c, s in enumerate(shares))
+    return cross_entropy - entropy_weight * spread, cross_entropy, entropies
+
+
 def temi_loss(student: np.ndarray, teacher: np.ndarray, marginal: Rows | None, *, beta: float,
               weighted: bool) -> list[float]:
     """Return the loss of each head; logits are (2, heads, batch, clusters), anchors and then neighbors."""

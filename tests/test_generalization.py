@@ -152,6 +152,13 @@ def test_every_image_a_label_of_its_own_scores_zero():
         assert generalization_score(np.arange(20), rows, classifier=classifier) == 0
 
 
+def test_ridge_does_not_mind_the_scale():
+    rows, labels = blobs(spread=1.5)
+    found = [generalization_score(labels, (factor * rows).astype(np.float32), classifier="ridge")
+             for factor in (1.0, 1e-30, 1e36)]
+    assert found == pytest.approx([found[0]] * 3, abs=1.5 / len(labels))
+
+
 def test_constant_embeddings_know_nothing():
     labels = np.arange(40) % 2
     for classifier in ("logistic", "ridge"):

@@ -124,6 +124,7 @@ def _ridge(rows: Float[Tensor, "images features"], labels: Int[Tensor, "labeling
     With H = 11'/n + X (X'X + λ)^-1 X' of centered X, the fit without image i gives it (Hy - h y)_i / (1 - h_i), where
     h is the diagonal of H: exact, for every labeling from the same H.
     """
+    rows = rows / rows.abs().max().clamp(min=torch.finfo(rows.dtype).tiny)  # its own scale: squares stay finite
     left, variances = _directions(rows - rows.mean(dim=0))
     kept = variances / (variances + penalty * variances.mean())
     own = (left.square() @ kept + 1 / len(rows)).clamp(max=1 - 1e-6)[:, None]
