@@ -30,6 +30,7 @@ _HOMES = {
     "KMeans": "phyla.cluster.kmeans",
     "SCAN": "phyla.cluster.scan", "SelfLabel": "phyla.refine.selflabel", "SimCLR": "phyla.pretrain.simclr",
     "SuperAND": "phyla.pretrain.superand", "TEMI": "phyla.cluster.temi", "TSUC": "phyla.cluster.tsuc",
+    "TURTLE": "phyla.cluster.turtle",
     "count_classes": "phyla.counting", "find_neighbors": "phyla.neighbors", "from_array": "phyla.images.arrays",
     "open_images": "phyla.images.sources", "recipe": "phyla.recipes",
 }

@@ -1,6 +1,7 @@
 """Clusterings of the embeddings of frozen encoders."""
 
 from phyla.cluster.temi import TEMI
+from phyla.cluster.turtle import TURTLE
 from phyla.pretrain.frozen import Frozen
 
-__all__ = ["TEMI", "Frozen"]
+__all__ = ["TEMI", "TURTLE", "Frozen"]
