@@ -6,7 +6,8 @@ import torch
 
 from phyla.errors import InputError
 from phyla.nets.heads import SpaceProjection
-from phyla.spaces import Space, scaled, spaces_of
+from phyla.spaces import Space, SpaceMap, scaled, spaces_of
+from phyla.training.device import choose_device
 from phyla.types import Embeddings
 
 RNG = np.random.default_rng(0)
@@ -62,3 +63,21 @@ def test_widths_must_fit_the_embeddings() -> None:
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_scaled_rows_keep_their_precision(dtype: type[np.floating]) -> None:
     assert scaled([FIRST.astype(dtype), SECOND.astype(dtype)]).dtype == dtype
+
+
+@pytest.mark.parametrize("scale", ["raw", "unit", "standard"])
+@pytest.mark.parametrize("n_components", [None, 2, 3, 99])
+def test_a_head_found_in_a_map_is_given_back_for_raw_embeddings(scale: str, n_components: int | None) -> None:
+    rows = (RNG.normal(size=(40, 5)) * [1, 2, 3, 0, 5] + 7).astype(np.float32)
+    rows.flags.writeable = False  # as of a memory map: nothing is written to it
+    device = choose_device("cpu")
+    each = SpaceMap.of(rows, scale=scale, n_components=n_components, device=device)
+    mapped = each(rows, device)
+    assert mapped.shape == (40, 1 + (n_components if n_components in (2, 3) else 5))
+    weight = torch.randn(3, mapped.shape[1], generator=torch.Generator().manual_seed(0))
+    plain, bias = each.folded(weight, n_spaces=2)
+    raw = torch.from_numpy(rows.copy())
+    shown = SpaceProjection((5, 5), unit=True)(torch.cat([raw, raw], dim=1))[:, :5] if scale == "unit" else raw
+    torch.testing.assert_close(shown @ plain.T + bias, mapped @ weight.T, rtol=1e-4, atol=1e-4)
+    if scale == "standard" and n_components is None:
+        torch.testing.assert_close(mapped[:, :5].std(dim=0, unbiased=False), torch.tensor([1.0, 1.0, 1.0, 0.0, 1.0]))

@@ -5,12 +5,18 @@ gave, or a list of arrays with one row an image each.
 """
 
 import math
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from phyla.errors import InputError
 from phyla.neighbors import check_embeddings
+from phyla.training.device import Device
 from phyla.types import Embeddings
 
 Space = Embeddings | np.ndarray | Sequence[np.ndarray]
@@ -47,6 +53,58 @@ def scaled(embeddings: Space, *, center: bool = False) -> np.ndarray:
     """
     spaces = spaces_of(embeddings)
     return np.concatenate([_unit(each - each.mean(axis=0) if center else each, len(spaces)) for each in spaces], axis=1)
+
+
+class SpaceMap(NamedTuple):
+    """What is done to a space before a search for linear heads, and how such heads are given back for raw embeddings.
+
+    Rows get the length sqrt(n_features) where ``unit``; then ``shift`` is taken off, features are multiplied by
+    ``stretch``, and ``turn`` gives principal directions, where there is one. All but the first is linear.
+    """
+
+    shift: Float[Tensor, " features"]
+    stretch: Float[Tensor, " features"]
+    turn: Float[Tensor, "features components"] | None
+    unit: bool
+
+    @classmethod
+    def of(cls, space: np.ndarray, *, scale: str, n_components: int | None, device: Device) -> "SpaceMap":
+        """Return the map of ``space`` that ``scale`` (raw, unit, standard) and ``n_components`` ask for."""
+        nothing, stretch = torch.zeros(space.shape[1]), torch.ones(space.shape[1])
+        values = cls(nothing, stretch, None, scale == "unit")(space, device)[:, :-1]
+        mean = values.mean(dim=0)
+        centered = values - mean
+        if scale == "standard":
+            spread = centered.square().mean(dim=0).sqrt()
+            stretch = torch.where(spread > 0, 1 / spread, 1).cpu()
+            centered = centered * stretch.to(centered)
+        if n_components is None or n_components >= min(centered.shape):
+            return cls(mean.cpu() if scale == "standard" else nothing, stretch, None, scale == "unit")
+        vectors = torch.linalg.eigh((centered.T @ centered).cpu().double())[1][:, -n_components:].flip(1)
+        signs = torch.where(vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True)) < 0, -1.0, 1.0)
+        return cls(mean.cpu(), stretch, (vectors * signs).float(), scale == "unit")
+
+    @property
+    def n_features(self) -> int:
+        """Features of the raw embeddings."""
+        return len(self.shift)
+
+    def __call__(self, space: np.ndarray, device: Device) -> Float[Tensor, "images features"]:
+        """Return the mapped rows in float32, and a last feature of 1."""
+        rows = torch.from_numpy(np.require(space, np.float32, "W")).to(device.device)
+        if self.unit:
+            rows = nn.functional.normalize(rows, dim=1) * math.sqrt(self.n_features)
+        rows = (rows - self.shift.to(rows)) * self.stretch.to(rows)
+        rows = rows if self.turn is None else rows @ self.turn.to(rows)
+        return torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
+
+    def folded(self, weight: Float[Tensor, "clusters features"], *, n_spaces: int) -> tuple[Tensor, Tensor]:
+        """Return weight and bias that give raw embeddings (or blocks of length 1/sqrt(n_spaces)) the same logits."""
+        plain, bias = weight[:, :-1].cpu().double(), weight[:, -1].cpu().double()
+        plain = plain if self.turn is None else plain @ self.turn.double().T
+        plain = plain * self.stretch.double()
+        bias = bias - plain @ self.shift.double()
+        return (plain * math.sqrt(self.n_features * n_spaces) if self.unit else plain).float(), bias.float()
 
 
 def _unit(rows: np.ndarray, n_spaces: int) -> np.ndarray:

@@ -221,9 +221,10 @@ def two_views(seed: int, n: int = 300) -> tuple[list[np.ndarray], np.ndarray]:
 
 def test_two_spaces_find_what_they_share_where_one_cannot():
     alone, both = [], []
-    for seed in range(3):
+    for seed in range(2):
         spaces, true = two_views(seed)
-        options = {"n_clusters": 2, "n_tries": 4, "n_steps": 150, "batch_size": 150, "random_state": seed}
+        options = {"n_clusters": 2, "n_tries": 4, "n_steps": 100, "batch_size": 150, "random_state": seed,
+                   "inner_lr": 0.1, "outer_lr": 0.03}
         alone.append(hungarian_accuracy(true, tiny(**options).fit(spaces[0]).labels_))
         both.append(hungarian_accuracy(true, tiny(**options).fit(spaces).labels_))
     assert np.mean(both) > 0.95

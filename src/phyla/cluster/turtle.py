@@ -35,7 +35,7 @@ from phyla.images.batches import Order
 from phyla.nets.heads import MixtureHeads, SpaceProjection
 from phyla.quality import generalization_score
 from phyla.randomness import generator
-from phyla.spaces import Space, spaces_of
+from phyla.spaces import Space, SpaceMap, spaces_of
 from phyla.storage import fingerprint
 from phyla.training.device import Device, choose_device
 from phyla.training.loop import Loop, Step
@@ -310,7 +310,7 @@ class TURTLE(ClusterMixin, BaseEstimator):
             raise fault
         seed = int(np.random.default_rng().integers(1 << 31)) if self.random_state is None else self.random_state
         key = fingerprint(asdict(self), *spaces) if folder else ""
-        maps = [_Map.of(space, scale=self.scale, n_components=self.n_components, device=device) for space in spaces]
+        maps = [SpaceMap.of(space, scale=self.scale, n_components=self.n_components, device=device) for space in spaces]
         rows = [each(space, device) for each, space in zip(maps, spaces, strict=True)]
         search = _Search(rows, self.n_clusters, self._rates(), seed)
         order = Order(len(rows[0]), self.batch_size, seed, device=device.device)
@@ -392,7 +392,7 @@ class TURTLE(ClusterMixin, BaseEstimator):
         pairs = list(product(_several(self.outer_lr), _several(self.inner_lr)))
         return torch.tensor([pairs[place % len(pairs)] for place in range(self.n_tries)]).T
 
-    def _choose(self, search: _Search, rows: list[Tensor], maps: "list[_Map]") -> None:
+    def _choose(self, search: _Search, rows: list[Tensor], maps: list[SpaceMap]) -> None:
         """Keep the try with the best score: its labels and, folded into weights for raw embeddings, its tasks."""
         weights = search.plain()
         labels = torch.cat([task_probabilities(_applied(weights, [each[start : start + _ROWS] for each in rows]))
@@ -418,75 +418,20 @@ class TURTLE(ClusterMixin, BaseEstimator):
         self._heads = heads.requires_grad_(False).eval()
 
     def _assign(self, spaces: list[np.ndarray]) -> np.ndarray:
-        found = []
+        project, found = self._projection or nn.Identity(), []
         for start in range(0, len(spaces[0]), _ROWS):
             each = [torch.from_numpy(space[start : start + _ROWS].astype(np.float32)) for space in spaces]
-            together = torch.cat(each, dim=1)
-            found.append(self._heads.probabilities(together if self._projection is None else
-                                                   self._projection(together))[:, 0])
+            found.append(self._heads.probabilities(project(torch.cat(each, dim=1)))[:, 0])
         return torch.cat(found).numpy()
 
     def _tell(self) -> None:
         log.info("cluster: kept try %d of %d, score %.4f", self.try_ + 1, self.n_tries, self.score_)
         n_used = len(np.unique(self.labels_))
-        if n_used == 1 < self.n_clusters:
-            told = f"TURTLE put all {len(self.labels_)} images into one of {self.n_clusters} clusters"
-            warnings.warn(f"{told}. hint: raise entropy_weight, or look at the embeddings", CollapseWarning,
-                          stacklevel=3)
-        elif n_used < self.n_clusters:
+        if n_used < self.n_clusters:
             log.info("cluster: %d of %d clusters hold an image", n_used, self.n_clusters)
-
-
-class _Map(NamedTuple):
-    """What is done to a space's raw embeddings before the search, all of it linear but for the length of rows."""
-
-    shift: Float[Tensor, " features"]
-    stretch: Float[Tensor, " features"]
-    turn: Float[Tensor, "features components"] | None
-    unit: bool
-
-    @classmethod
-    def of(cls, space: np.ndarray, *, scale: str, n_components: int | None, device: Device) -> "_Map":
-        """Return the map that ``scale`` and ``n_components`` ask for, taken from all images, in float64 on the CPU."""
-        values = torch.from_numpy(space).to(device.device)
-        nothing = cls(torch.zeros(values.shape[1]), torch.ones(values.shape[1]), None, scale == "unit")
-        values = nothing(space, device)[:, :-1]
-        mean = values.double().mean(dim=0) if values.device.type != "mps" else values.mean(dim=0)
-        centered = values - mean.to(values)
-        stretch = nothing.stretch
-        if scale == "standard":
-            spread = centered.square().mean(dim=0).sqrt()
-            stretch = torch.where(spread > 0, 1 / spread, 1).cpu().float()
-            centered = centered * stretch.to(centered)
-        if n_components is None or n_components >= min(centered.shape):
-            shift = mean.cpu().float() if scale == "standard" else nothing.shift
-            return cls(shift, stretch, None, nothing.unit)
-        table = (centered.T @ centered).cpu().double()
-        vectors = torch.linalg.eigh(table)[1][:, -n_components:].flip(1)
-        signs = torch.where(vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True)) < 0, -1.0, 1.0)
-        return cls(mean.cpu().float(), stretch, (vectors * signs).float(), nothing.unit)
-
-    @property
-    def n_features(self) -> int:
-        """Features of the raw embeddings."""
-        return len(self.shift)
-
-    def __call__(self, space: np.ndarray, device: Device) -> Float[Tensor, "images features"]:
-        """Return the mapped rows in float32, and a last feature of 1."""
-        rows = torch.from_numpy(space.astype(np.float32, copy=False)).to(device.device)
-        if self.unit:
-            rows = nn.functional.normalize(rows, dim=1) * math.sqrt(self.n_features)
-        rows = (rows - self.shift.to(rows)) * self.stretch.to(rows)
-        rows = rows if self.turn is None else rows @ self.turn.to(rows)
-        return torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
-
-    def folded(self, weight: Float[Tensor, "clusters features"], *, n_spaces: int) -> tuple[Tensor, Tensor]:
-        """Return weight and bias that give raw embeddings (or blocks of length 1/sqrt(n_spaces)) the same logits."""
-        plain, bias = weight[:, :-1].cpu().double(), weight[:, -1].cpu().double()
-        plain = plain if self.turn is None else plain @ self.turn.double().T
-        plain = plain * self.stretch.double()
-        bias = bias - plain @ self.shift.double()
-        return (plain * math.sqrt(self.n_features * n_spaces) if self.unit else plain).float(), bias.float()
+        if n_used == 1 < self.n_clusters:
+            warnings.warn(f"TURTLE put all {len(self.labels_)} images into one of {self.n_clusters} clusters. hint: "
+                          "raise entropy_weight, or look at the embeddings", CollapseWarning, stacklevel=3)
 
 
 def _applied(weights: Sequence[Tensor] | nn.ParameterList, rows: list[Tensor]
