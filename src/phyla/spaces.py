@@ -5,7 +5,6 @@ gave, or a list of arrays with one row an image each.
 """
 
 import math
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
