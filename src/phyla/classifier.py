@@ -21,7 +21,7 @@ from phyla.images.arrays import from_array
 from phyla.images.augment import Views, views_from
 from phyla.images.decode import read_image, square, to_rgb
 from phyla.images.folders import ImageFile, stream_images
-from phyla.nets.frozen import AnyEncoder, build_encoder, encoder_form
+from phyla.nets.frozen import AnyEncoder, FrozenEncoder, build_encoder, encoder_form
 from phyla.nets.heads import ClusterHeads, ClusterNet, build_heads, build_projection
 from phyla.storage import read_json, write_json, write_tensors
 from phyla.training.device import Device
@@ -79,6 +79,8 @@ class Classifier:
         if len(self.names) != self.n_clusters:
             raise InputError(f"{self.n_clusters} clusters need {self.n_clusters} names, got {len(self.names)}")
         self.net.eval()
+        if isinstance(self.net.encoder, FrozenEncoder):
+            self.net.encoder.prepare(self.views.size, self.views.size)
 
     @property
     def n_clusters(self) -> int:

@@ -1,5 +1,6 @@
 """Images and an encoder in, one embedding an image out; and the one place where a network is run over a whole set."""
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,16 +16,20 @@ from phyla.images.augment import Views
 from phyla.images.batches import AHEAD, CPU, Streaming, open_pixels
 from phyla.progress import Bar, bar
 from phyla.randomness import generator
+from phyla.rowcache import RowCache, image_digests
 from phyla.shards import SHARD, Shards
 from phyla.storage import fingerprint
 from phyla.training.device import Device, choose_device
 from phyla.types import Embeddings, ImageSet
 
+log = logging.getLogger("phyla")
+
+_MULTIPLE = 32  # images: what a frozen encoder takes at once on a CPU
 _Batch = tuple[int, int, range]  # first image, the one after the last, and the span they are of
 
 
 def embed(images: ImageSet, encoder: nn.Module, views: Views, *, device: Device | None = None,
-          batch_size: int = 512, folder: Path | None = None) -> Embeddings:
+          batch_size: int = 512, folder: Path | None = None, cache: Path | None = None) -> Embeddings:
     """Return what ``encoder`` makes of the plain view of every image, float32, rows in the order of the ids.
 
     Parameters
@@ -36,12 +41,55 @@ def embed(images: ImageSet, encoder: nn.Module, views: Views, *, device: Device 
     batch_size : images a forward pass; changes nothing but speed
     folder : keeps finished shards of a large set while it is worked on, so that after a kill only the others are made;
         removed at the end. The processes of a group use that of the first, which all must see
+    cache : keeps the row of each image for all runs (``rowcache.rows_folder()``), and is asked before ``encoder`` is.
+        The encoder must make the same of an image whatever is beside it in a batch, as frozen ones do. Processes of a
+        group do without
     """
+    if cache is not None and (device is None or device.group.size == 1):
+        return Embeddings(_kept_rows(images, encoder, views, device or device_of(encoder), batch_size, cache),
+                          images.ids)
     if folder is not None and len(images) > _shard(batch_size):
         return Embeddings(_in_shards(images, encoder, views, device or device_of(encoder), batch_size, folder),
                           images.ids)
     values = forward_all(images, encoder, encoder, views, device=device, batch_size=batch_size, title="embed")
     return Embeddings(values.float().cpu().numpy(), images.ids)
+
+
+def _kept_rows(images: ImageSet, encoder: nn.Module, views: Views, device: Device, batch_size: int,
+               cache: Path) -> np.ndarray:
+    if not len(images):
+        raise InputError("there is no image to embed or predict")
+    spec = getattr(encoder, "spec", None)
+    kept = RowCache(cache, {"weights": weights_fingerprint(encoder), "form": repr(spec), "views": asdict(views),
+                            "precision": device.precision, "device": device.device.type})
+    digests = image_digests(images)
+    rows = kept.find(digests)
+    first = {digest: row for row, digest in reversed(list(enumerate(digests)))}  # an image that is there twice, once
+    missing = np.array(sorted(row for digest, row in first.items() if digest not in rows), np.int64)
+    if len(missing) < len(images):
+        log.info("embeddings of %d of %d images are kept from before", len(images) - len(missing), len(images))
+    with evaluating(encoder, device), bar("embed", total=len(images), unit="image",
+                                          done=len(images) - len(missing)) as shown:
+        at_once = min(batch_size, 4 * _MULTIPLE) if device.device.type == "cpu" else batch_size  # seconds of work
+        for start in range(0, len(missing), at_once):
+            some = missing[start : start + at_once]
+            values = _filled_rows(images, some, encoder, views, device)
+            names = [digests[row] for row in some.tolist()]
+            rows.update(zip(names, values, strict=True))
+            kept.add(names, values)
+            shown.advance(len(some))
+    kept.write()
+    return np.stack([rows[digest] for digest in digests])
+
+
+def _filled_rows(images: ImageSet, rows: np.ndarray, encoder: nn.Module, views: Views, device: Device) -> np.ndarray:
+    """Return the embeddings of ``rows``, made in a batch of a multiple of 32: the last bits are those of any other set.
+    """
+    filled = np.resize(rows, -(-len(rows) // _MULTIPLE) * _MULTIPLE)
+    batch = ImageSet(images.pixels[filled], [str(place) for place in range(len(filled))])
+    with bar("", total=None) as silent:
+        work = Forward(batch, encoder, views, device=device, batch_size=len(filled), shown=silent)
+        return work.rows(range(len(filled)))[: len(rows)].float().cpu().numpy()
 
 
 def _shard(batch_size: int) -> int:

