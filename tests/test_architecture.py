@@ -16,10 +16,10 @@ LAYERS = (
     {"errors"}, {"storage", "progress", "randomness"}, {"types", "shards"}, {"tables"}, {"images"}, {"nets"},
     {"training"}, {"candidates", "rowcache", "centers"}, {"embed", "neighbors", "criteria", "oddities"},
     {"reciprocal", "index", "spaces", "ensembles", "principal"}, {"generalization"}, {"quality"},
-    {"counting", "mergetree"},
-    {"pretrain", "cluster", "refine"}, {"layouts"}, {"classifier", "zoo", "rundir"}, {"evaluate"}, {"report"},
+    {"counting", "mergetree"}, {"pretrain", "cluster", "refine"}, {"layouts", "members"},
+    {"classifier", "zoo", "rundir"}, {"evaluate"}, {"report"},
     {"pipeline"}, {"recipes"}, {"overrides"}, {"stages", "recorded", "top"}, {"runner"}, {"labelling"},
-    {"prediction", "inventory", "onnx_file", "image_table"}, {"exports"}, {"display", "launch"}, {"cli"},
+    {"prediction", "inventory", "onnx_file", "image_table", "asked"}, {"exports"}, {"display", "launch"}, {"cli"},
 )
 """Bottom to top: a module imports from layers below its own, and from its own folder."""
 

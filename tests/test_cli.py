@@ -46,7 +46,7 @@ from phyla.launch import LOST
 from phyla.recipes import RECIPES
 from phyla.training import loop
 
-VERBS = ("run", "pretrain", "embed", "neighbors", "cluster", "refine", "evaluate", "report", "predict", "export",
+VERBS = ("run", "pretrain", "embed", "neighbors", "cluster", "refine", "evaluate", "report", "predict", "export", "cut",
          "list", "show", "import")
 
 

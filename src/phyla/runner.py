@@ -4,13 +4,9 @@ Labels are read once, in the evaluate stage, and reach nothing but scores and th
 """
 
 import logging
-import os
-import platform
-import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 
 import phyla
@@ -19,19 +15,24 @@ from phyla.classifier import Classifier
 from phyla.cluster.kmeans import KMeans
 from phyla.cluster.nnm import NNM
 from phyla.cluster.scan import SCAN
+from phyla.counting import count_classes
 from phyla.embed import embed
 from phyla.errors import InputError
 from phyla.evaluate.robustness import load_robustness, robustness_report, save_robustness
 from phyla.evaluate.scorecard import Bank, Split, fill_scorecard
 from phyla.evaluate.truth import Truth, true_labels
+from phyla.images.augment import Views
 from phyla.images.catalog import data_set_name
 from phyla.images.folders import is_there
+from phyla.images.gather import shared_folder
 from phyla.images.sources import Loaded, open_images
 from phyla.index import choose_index
-from phyla.pipeline import PARTS, RESULTS, STAGES, Pipeline, Refiner, ResultStage, StageName
+from phyla.pipeline import RESULTS, STAGES, CountOptions, Pipeline, Refiner, ResultStage, StageName, check_pipeline
+from phyla.pretrain.frozen import Frozen, stored_size
 from phyla.pretrain.simclr import SimCLR
-from phyla.recorded import recorded
+from phyla.recorded import absolute, brief, facts, from_anywhere, recorded
 from phyla.report.page import ReportInput, build_report
+from phyla.rowcache import rows_folder
 from phyla.rundir import (
     OPTIONS,
     RunDir,
@@ -52,8 +53,8 @@ from phyla.zoo import PublishedEncoder, checkpoint_stamp
 
 log = logging.getLogger("phyla")
 
-ROBUSTNESS = "robustness.json"
-TOGETHER = ("pretrain", "embed", "cluster", "refine", "robust")
+ROBUSTNESS, COUNT = "robustness.json", "count.json"
+TOGETHER = ("pretrain", "embed", "cluster", "refine", "robust", "cut")
 """The stages in which a network is run over images: all processes share them. The first alone does the others."""
 
 
@@ -84,15 +85,14 @@ class Runner:
     def __init__(self, pipeline: Pipeline, out: Path | str, *, device: Device | None = None,
                  data_dir: Path | None = None, labels: str | None = "auto", strict: bool = False, download: bool = True,
                  command: Sequence[str] = ()) -> None:
-        self.pipeline, self.device = _from_anywhere(pipeline), device or choose_device()
+        self.pipeline, self.device = from_anywhere(pipeline), device or choose_device()
         self.data_dir, self.strict, self.download = data_dir, strict, download
-        self.labels = labels if labels in ("auto", "folders") else _absolute(labels)
+        self.labels = labels if labels in ("auto", "folders") else absolute(labels)
         self.command = list(command)
-        on_all(self.device.group, self._validate)
+        on_all(self.device.group, lambda: check_pipeline(self.pipeline))
         source = self.pipeline.data.source
         where = data_set_name(source) or (str(Path(source).resolve()) if is_there(Path(source)) else source)
-        self.run = RunDir(out, {"format": 1, "recipe": pipeline.name, "source": where},
-                          group=self.device.group)
+        self.run = RunDir(out, {"format": 1, "recipe": pipeline.name, "source": where}, group=self.device.group)
         self.run.device = self.device.label
         self.notices: list[str] = []
 
@@ -105,7 +105,8 @@ class Runner:
     def go(self, until: StageName = "report") -> Result:
         """Do every stage up to ``until`` that is not done yet, and return what there is."""
         self._images()
-        wanted = STAGES[1 : STAGES.index(until) + 1]
+        asked = STAGES[1 : STAGES.index(until) + 1]
+        wanted: list[StageName] = [name for name in asked if name != "count" or self.pipeline.count is not None]
         by_first(self.device.group, lambda: self._begin(wanted))
         for name in wanted:
             make: Callable[[], None] = getattr(self, f"_{name}")
@@ -113,9 +114,11 @@ class Runner:
                 make()
             else:
                 self._by_first(name, make)
+            if name == "count":
+                self._counted()
         return by_first(self.device.group, lambda: self._end(until))
 
-    def _begin(self, wanted: Sequence[str]) -> None:
+    def _begin(self, wanted: Sequence[StageName]) -> None:
         if "evaluate" in wanted:  # a table of labels that cannot be read is told before the work, not after it
             self.truth("train")
         write_json(self.run.path / OPTIONS, {"options": self.pipeline.options(), "labels": self.labels})
@@ -136,7 +139,7 @@ class Runner:
             log.info("%-9s %s", stage.name, "unchanged, kept" if stage.was_kept else f"{stage.facts['seconds']} s")
         self.notices = self._all_notices()
         last = self._last if "cluster" in self.run.stages else None
-        top = Top(self.run, [name for name, _ in self._splits()], last)
+        top = Top(self.run, [name for name, _ in self._splits()], last, self.pipeline.evaluate.min_confidence)
         if did or not top.is_shown(whole=until == STAGES[-1]):
             top.show(self._facts() | {"notices": self.notices}, self._curves())
         else:
@@ -149,7 +152,7 @@ class Runner:
         n_images, n_clusters = len(self.train), self.pipeline.cluster.n_clusters
         if n_images < 2:
             raise InputError("one image is too few to find classes in", "add images")
-        if n_images < n_clusters:
+        if n_images < n_clusters and self.pipeline.count is None:
             raise InputError(f"{n_images} images are fewer than the {n_clusters} classes asked for",
                              "lower --classes or add images")
 
@@ -164,25 +167,29 @@ class Runner:
         inputs = [images.fingerprint]
         if isinstance(method, PublishedEncoder):
             inputs += [checkpoint_stamp(method.checkpoint())]
+        if isinstance(method, Frozen):
+            inputs = [method.stamp()]  # it learns nothing from the images
         self.run.stage("pretrain", options, inputs, make, group=self.device.group)
 
     def _embed(self) -> None:
-        options = asdict(self.pipeline.embed) | {"views": asdict(self.pipeline.pretrain.views.plain())}
+        views = self._views.plain()
+        options = asdict(self.pipeline.embed) | {"views": asdict(views)}
 
         def make(folder: Path) -> dict[str, object]:
             net = stages.embedder(self._folder("pretrain"), self.pipeline.embed.layer)
-            views = self.pipeline.pretrain.views.plain()
             for name, images in self._splits():
-                found = embed(images, net, views, device=self.device, folder=folder / f".{name}.shards")
+                found = embed(images, net, views, device=self.device, folder=folder / f".{name}.shards",
+                              cache=rows_folder() if self.pipeline.is_frozen else None)
                 if self.device.group.is_first:  # the others' copy would go at once, and may be large
                     save_embeddings(folder, found, name)
-            return {}
+            return {"widths": list(getattr(net, "widths", ()))}
 
         self.run.stage("embed", options, [self._key("pretrain"), *self._image_keys()], make,
                        group=self.device.group)
 
     def _neighbors(self) -> None:
-        n_train, options = self._n_neighbors(len(self.train)), self.pipeline.neighbors
+        options = self.pipeline.neighbors
+        n_train = options.of(len(self.train), None if self.pipeline.count else self.pipeline.cluster.n_clusters)
 
         def make(folder: Path) -> dict[str, object]:
             facts: dict[str, object] = {"n_neighbors": n_train}
@@ -200,12 +207,30 @@ class Runner:
             told |= {"ivf": options.recall}
         self.run.stage("neighbors", told, [self._key("embed")], make)
 
+    def _count(self) -> None:
+        """Estimate the number of classes, which from then on is that of the pipeline."""
+        options = self.pipeline.count or CountOptions()
+
+        def make(folder: Path) -> dict[str, object]:
+            found = count_classes(self.embeddings("train"), low=options.low, high=options.high,
+                                  neighbors=self.neighbors("train"), random_state=options.random_state,
+                                  device=self.device.alone)
+            write_json(folder / COUNT, found.as_facts())
+            told = [f"about {found.n_classes}, and probably between {found.low} and {found.high}", *found.notices]
+            return {"n_classes": found.n_classes, "notices": [f"classes: {line}" for line in told]}
+
+        self.run.stage("count", asdict(options), [self._key("neighbors")], make)
+
+    def _counted(self) -> None:
+        found = replace(self.pipeline.cluster, n_clusters=self.run.stages["count"].facts["n_classes"])
+        self.pipeline = replace(self.pipeline, cluster=found)
+
     def _cluster(self) -> None:
         method = self.pipeline.cluster
         kind = type(method).__name__
 
         def make(folder: Path) -> dict[str, object]:
-            found = stages.cluster(method, self._given(folder), views=self.pipeline.pretrain.views)
+            found = stages.cluster(method, self._given(folder), views=self._views)
             return self._save(found, folder)
 
         chosen_on = {"select_on": self.pipeline.data.select_on} if isinstance(method, SCAN | NNM) else {}
@@ -231,16 +256,26 @@ class Runner:
         self.run.stage(stage, options, [self._key(before), self._key("neighbors"), *self._image_keys()], make,
                        group=self.device.group)
 
+    def _cut(self) -> None:
+        options, before = self.pipeline.cut, self._last
+        if options is None:
+            return
+
+        def make(folder: Path) -> dict[str, object]:
+            return self._save(stages.cut(options.n_clusters, self._given(folder), self._folder(before)), folder)
+
+        self.run.stage("cut", asdict(options), [self._key(before), *self._image_keys()], make, group=self.device.group)
+
     def _given(self, folder: Path) -> stages.Given:
         return stages.Given(
             splits=self._splits(), pretrained=self._folder("pretrain"), layer=self.pipeline.embed.layer,
             embeddings=self.embeddings, neighbors=self.neighbors, watched=self._watched, device=self.device,
-            folder=folder)
+            folder=folder, is_frozen=self.pipeline.is_frozen)
 
     def _save(self, found: stages.Found, folder: Path) -> dict[str, object]:
         about = {"recipe": self.pipeline.name, "source": self.pipeline.data.source, "phyla": phyla.__version__}
         stages.save_found(found, self._splits(), size=self.train.size[0], device=self.device, folder=folder,
-                          about=about)
+                          about=about, embeddings=self.embeddings)
         return found.facts
 
     def _evaluate(self) -> None:
@@ -248,8 +283,9 @@ class Runner:
             results = {title: stage for stage, title in self._results().items()}
             splits = [self._split(name, images, results) for name, images in self._splits()]
             own = isinstance(self.pipeline.cluster, KMeans)  # k-means on embeddings is then the result
-            rows = fill_scorecard(splits, n_clusters=self.pipeline.cluster.n_clusters,
-                                  kmeans_on=("pixels",) if own else ("pixels", "embeddings"), memory=self._memory(),
+            against = [] if self.pipeline.is_frozen else ["pixels"]  # nobody looks for photographs' classes in pixels
+            rows = fill_scorecard(splits, n_clusters=self.assignment(self._last).n_clusters,
+                                  kmeans_on=against if own else [*against, "embeddings"], memory=self._memory(),
                                   **self.pipeline.evaluate.scorecard())
             self._attack(folder)
             write_json(folder / "scores.json", {"scores": [asdict(row) for row in rows]})
@@ -277,15 +313,18 @@ class Runner:
     def _report(self) -> None:
         def make(folder: Path) -> dict[str, object]:
             truth, attacked = self.truth("train"), self._folder("evaluate") / ROBUSTNESS
+            agreement, stability = stages.load_agreement(self.run.stages[self._last])
             build_report(ReportInput(
-                title=f"{self.train.name}: {self.pipeline.cluster.n_clusters} clusters", images=self.train,
+                title=f"{self.train.name}: {self.assignment(self._last).n_clusters} clusters", images=self.train,
                 assignment=self.assignment(self._last), embeddings=self.embeddings("train").values,
                 neighbors=self.neighbors("train"), curves=self._curves(), scores=self.scores,
-                truth=(truth.labels, truth.names) if truth else None, run=self._told(),
+                truth=(truth.labels, truth.names) if truth else None, run=brief(self._facts()),
                 skipped=self.loaded("train").skipped, notices=self._all_notices(),
                 result=self.pipeline.title(self._last),
                 results={title: self.assignment(stage) for stage, title in self._results().items()},
-                robustness=load_robustness(attacked) if attacked.exists() else ()), folder)
+                robustness=load_robustness(attacked) if attacked.exists() else (),
+                agreement=agreement, stability=stability, frozen=self.pipeline.is_frozen,
+                min_confidence=self.pipeline.evaluate.min_confidence), folder)
             return {}
 
         truth = self.truth("train")
@@ -323,7 +362,8 @@ class Runner:
 
     def embeddings(self, split: str) -> Embeddings:
         """Return the embeddings of a split (train, held_out)."""
-        return load_embeddings(self._folder("embed"), split)
+        found = load_embeddings(self._folder("embed"), split)
+        return replace(found, widths=tuple(self.run.stages["embed"].facts.get("widths", ())))
 
     def neighbors(self, split: str) -> Neighbors:
         """Return the neighbors of a split among its own images."""
@@ -355,27 +395,6 @@ class Runner:
 
     # ---- the small print --------------------------------------------------------------------------------------------
 
-    def _validate(self) -> None:
-        if isinstance(self.pipeline.pretrain, PublishedEncoder):
-            self.pipeline.pretrain.checkpoint()  # told before any image is decoded
-        n_clusters = self.pipeline.cluster.n_clusters
-        if not self.pipeline.data.source:
-            raise InputError("which images to look at is not known", "phyla run FOLDER --classes 10")
-        if n_clusters < 1:
-            raise InputError(f"the number of classes must be at least 1, got {n_clusters}", "--classes 10, for example")
-        if self.pipeline.data.limit is not None and self.pipeline.data.limit < 2:
-            raise InputError(f"--limit must be at least 2, got {self.pipeline.data.limit}")
-        if self.pipeline.robust is not None and n_clusters < 2:
-            raise InputError(f"RUC tells classes apart and needs at least 2, got {n_clusters}",
-                             "--classes 2, or leave the stage out: --set robust=none")
-        if isinstance(self.pipeline.cluster, KMeans) and self.pipeline.cluster.temperature == 0:
-            raise InputError("cluster.temperature=0 gives no classifier", "--set cluster.temperature=0.1")
-        for part, stage in ((part, getattr(self.pipeline, part)) for part in PARTS):
-            for fault in stage.option_faults() if hasattr(stage, "option_faults") else ():
-                raise InputError(f"{part}: {fault.message}", fault.hint)
-            if not 0 <= (getattr(stage, "random_state", 0) or 0) < 2**32:
-                raise InputError(f"a seed must be from 0 to {2**32 - 1}, got {getattr(stage, 'random_state', 0)}")
-
     @cached_property
     def _loaded(self) -> dict[str, Loaded]:
         data = self.pipeline.data
@@ -390,7 +409,24 @@ class Runner:
         keeps = name is None or name.startswith("imagenet")  # files that took decoding; arrays load fast
         return open_images(data.source, split=split, size=data.size, limit=data.limit, data_dir=self.data_dir,
                            strict=self.strict, download=self.download,
-                           cache=self.run.path / "stages" / "images" if keeps else None, keep=data.cache)
+                           cache=self._pixel_folder if keeps else None, keep=data.cache, largest=self._largest)
+
+    @property
+    def _largest(self) -> int:
+        """The side in pixels at which files are stored at most where nobody says."""
+        method = self.pipeline.pretrain
+        return stored_size(method.encoder, size=method.size) if isinstance(method, Frozen) else 96
+
+    @property
+    def _views(self) -> Views:
+        """How an image is embedded and predicted: frozen encoders see it whole, at the size it is stored at."""
+        views = self.pipeline.pretrain.views
+        return replace(views, size=self.train.size[0]) if self.pipeline.is_frozen else views
+
+    @property
+    def _pixel_folder(self) -> Path:
+        """Where decoded files are kept: for the run alone, or, where embedding is quick, for other runs as well."""
+        return shared_folder() if self.pipeline.is_frozen else self.run.path / "stages" / "images"
 
     def _splits(self) -> list[tuple[str, ImageSet]]:
         return [("train", self.train)] + ([("held_out", self.held_out)] if self.held_out is not None else [])
@@ -443,15 +479,6 @@ class Runner:
     def _split_name(self, name: str) -> str:
         return (self.pipeline.data.held_out if name == "held_out" else self.pipeline.data.split) or name
 
-    def _n_neighbors(self, n_images: int) -> int:
-        wanted = self.pipeline.neighbors.n_neighbors
-        if wanted is None:
-            wanted = min(20, max(2, n_images // (2 * self.pipeline.cluster.n_clusters)))
-        if wanted < n_images:
-            return wanted
-        log.warning("only %d images: %d neighbors instead of %d", n_images, n_images - 1, wanted)
-        return n_images - 1
-
     def _curves(self) -> list[dict[str, object]]:
         return [record for stage in self.run.stages.values() for record in load_records(stage.folder / "metrics.jsonl")]
 
@@ -459,21 +486,8 @@ class Runner:
         return [notice for stage in self.run.stages.values() for notice in stage.facts.get("notices", [])]
 
     def _facts(self) -> dict[str, object]:
-        packages = {name: version(name) for name in ("torch", "numpy", "scikit-learn", "pillow")}
-        return {"command": self.command, "options": self.pipeline.options(),
-                "device": self.device.label, "labels": self.labels,
-                "versions": {"phyla": phyla.__version__, "python": platform.python_version()} | packages,
-                "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-                "n_images": {name: len(images) for name, images in self._splits()},
-                "stages": {name: {"key": stage.key, "seconds": stage.facts["seconds"], "device": stage.facts["device"]}
-                           for name, stage in self.run.stages.items()}}
-
-    def _told(self) -> dict[str, object]:
-        facts = self._facts()
-        stages = {name: stage.facts["seconds"] for name, stage in self.run.stages.items()}
-        return {"recipe": self.pipeline.name, "command": shlex.join(self.command),
-                "seed": self.pipeline.cluster.random_state, "device": facts["device"], "machine": facts["machine"],
-                "seconds": stages, "versions": facts["versions"], "options": self.pipeline.options()}
+        return facts(self.pipeline, self.run, command=self.command, labels=self.labels,
+                     n_images={name: len(images) for name, images in self._splits()})
 
 
 def reopen(run: Path, *, data_dir: Path | None = None, labels: str | None = None) -> Runner:
@@ -482,17 +496,3 @@ def reopen(run: Path, *, data_dir: Path | None = None, labels: str | None = None
     told = read_json(run / "run.json") if (run / "run.json").exists() else {}
     return Runner(pipeline, run, data_dir=data_dir, labels=held if labels is None else labels,
                   command=told.get("command", []))
-
-
-def _from_anywhere(pipeline: Pipeline) -> Pipeline:
-    """Return the pipeline with its paths made absolute: the run is opened from other folders, too."""
-    source, pretrain = pipeline.data.source, pipeline.pretrain
-    if isinstance(pretrain, PublishedEncoder) and pretrain.path:
-        pipeline = replace(pipeline, pretrain=replace(pretrain, path=_absolute(pretrain.path) or ""))
-    if not source or data_set_name(source) is not None:
-        return pipeline
-    return replace(pipeline, data=replace(pipeline.data, source=_absolute(source) or source))
-
-
-def _absolute(path: str | None) -> str | None:
-    return None if path in (None, "none") else str(Path(path).expanduser().absolute())

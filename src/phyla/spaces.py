@@ -15,8 +15,11 @@ from torch import Tensor, nn
 
 from phyla.errors import InputError
 from phyla.neighbors import check_embeddings
+from phyla.nets.heads import Heads, SpaceProjection
 from phyla.training.device import Device
 from phyla.types import Embeddings
+
+_FEATURES = 1 << 24  # numbers of embeddings assigned at once: 64 MB in float32
 
 Space = Embeddings | np.ndarray | Sequence[np.ndarray]
 """Embeddings in one space or in several."""
@@ -52,6 +55,44 @@ def scaled(embeddings: Space, *, center: bool = False) -> np.ndarray:
     """
     spaces = spaces_of(embeddings)
     return np.concatenate([_unit(each - each.mean(axis=0) if center else each, len(spaces)) for each in spaces], axis=1)
+
+
+def rows_for_heads(embeddings: Space, *, normalize: bool = False) -> tuple[np.ndarray, SpaceProjection]:
+    """Return what linear heads are trained on, float32 (n_images, sum of d_m), and the projection that makes it.
+
+    One space is taken as it is, unless ``normalize`` scales its rows to length 1; several always are scaled, so that
+    they count alike.
+    """
+    spaces = spaces_of(embeddings)
+    unit = normalize or len(spaces) > 1
+    rows = np.require(scaled(spaces) if unit else spaces[0], np.float32, ["C", "W"])
+    return rows, SpaceProjection([each.shape[1] for each in spaces], unit=unit).eval()
+
+
+def head_probabilities(embeddings: Space, projection: SpaceProjection | None, heads: Heads) -> np.ndarray:
+    """Return what a head says of ``embeddings``, through the projection of its fit, float32 (n_images, n_clusters).
+
+    Raises
+    ------
+    InputError
+        Other spaces than those of the fit, or no projection: the fit was on images.
+    """
+    if projection is None:
+        raise InputError("the fit was on images, and these are embeddings", "give an ImageSet")
+    spaces = spaces_of(embeddings)
+    widths = tuple(each.shape[1] for each in spaces)
+    if widths != projection.widths:
+        given, fitted = (" and ".join(map(str, each)) for each in (widths, projection.widths))
+        raise InputError(f"embeddings of {given} features do not fit heads of {fitted}",
+                         "embed with the encoders of the fit")
+    found = np.empty((len(spaces[0]), heads.n_clusters), np.float32)
+    place, step = heads.weight.device, max(1, _FEATURES // sum(widths))
+    for start in range(0, len(found), step):
+        part = np.concatenate([each[start : start + step] for each in spaces], axis=1, dtype=np.float32)
+        with torch.no_grad():
+            rows = projection.to(place)(torch.from_numpy(part).to(place))
+            found[start : start + step] = heads.probabilities(rows)[:, 0].cpu().numpy()
+    return found
 
 
 class SpaceMap(NamedTuple):

@@ -5,7 +5,7 @@ in a table.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,19 +18,26 @@ from phyla.classifier import Classifier
 from phyla.cluster.kmeans import KMeans
 from phyla.cluster.nnm import NNM
 from phyla.cluster.scan import SCAN, Watched
+from phyla.cluster.temi import TEMI
 from phyla.cluster.tsuc import TSUC
+from phyla.cluster.turtle import TURTLE
 from phyla.embed import forward_all
 from phyla.errors import InputError
 from phyla.images.augment import Views
 from phyla.index import Indexed, choose_index, find_through_index
+from phyla.members import Members
+from phyla.mergetree import merge_tree
 from phyla.neighbors import find_neighbors
 from phyla.nets.heads import ClusterNet, Projection
 from phyla.pipeline import Clusterer, Layer, NeighborOptions, Pretrainer, Refiner
 from phyla.pretrain.simclr import SimCLR
 from phyla.reciprocal import rerank
+from phyla.refine.consensus import Consensus
 from phyla.refine.ruc import RUC
 from phyla.refine.selflabel import SelfLabel
 from phyla.rundir import (
+    Stage,
+    load_assignment,
     load_embeddings,
     load_encoder,
     save_assignment,
@@ -38,7 +45,8 @@ from phyla.rundir import (
     save_encoder,
     save_records,
 )
-from phyla.storage import read_array, write_array
+from phyla.spaces import scaled
+from phyla.storage import read_array, read_json, write_array, write_json
 from phyla.training.device import Device
 from phyla.types import Assignment, Embeddings, ImageSet, Neighbors
 
@@ -46,6 +54,7 @@ Splits = Sequence[tuple[str, ImageSet]]
 """Name and images of each split, the clustered one first."""
 
 _MEMORY = "memory"
+MEMBERS, ROWS, AGREEMENT, TREE = "members.npy", "members.json", "agreement.npy", "tree.npz"
 _PROJECTED = 1 << 14  # embeddings projected at once
 
 
@@ -58,6 +67,7 @@ class Given:
     splits : the images, those that are clustered first
     pretrained : folder of the encoder
     layer : which embeddings stand for an image: projection or encoder
+    is_frozen : cluster the embeddings instead of the images: nothing trains the encoder
     watched : held-out images on which a label-free score is taken, and their neighbors; None: the clustered ones
     """
 
@@ -69,6 +79,7 @@ class Given:
     watched: tuple[ImageSet, Neighbors] | None
     device: Device
     folder: Path
+    is_frozen: bool = False
 
     @property
     def images(self) -> ImageSet:
@@ -104,6 +115,9 @@ class Found:
     history : records of training
     facts : numbers and notices for done.json
     rivals : labels by each head or network
+    of_embeddings : the encoder stayed as it was, so that other images are predicted from their embeddings
+    members : probabilities float16 (n_members, n_images, n_clusters) by each of many clusterings
+    agreement : float32 (n_images,), how far those agree on each image
     epoch_labels : for a method that published its best epoch by labels, the labels after every epoch (n_epochs, n) of
         the images on which it chose without, and the name of their split
     """
@@ -115,6 +129,9 @@ class Found:
     facts: dict[str, object] = field(default_factory=dict)
     rivals: Rivals | None = None
     epoch_labels: tuple[np.ndarray, str] | None = None
+    of_embeddings: bool = False
+    members: np.ndarray | None = None
+    agreement: np.ndarray | None = None
 
 
 # ── pretrain ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -161,7 +178,12 @@ def _required(projection: Projection | None) -> Projection:
 
 def find(embeddings: Embeddings, n_neighbors: int, options: NeighborOptions, *,
          device: torch.device) -> tuple[Neighbors, Indexed | None]:
-    """Return the neighbors of ``embeddings``, as ``options`` say, and how good they are if an index found them."""
+    """Return the neighbors of ``embeddings``, as ``options`` say, and how good they are if an index found them.
+
+    Of several encoders, each has the same say: the similarity is the mean of their cosines.
+    """
+    if len(embeddings.widths) > 1:
+        embeddings = Embeddings(scaled(embeddings), embeddings.ids)
     if options.rerank:
         return rerank(embeddings, n_neighbors, k1=options.k1, k2=options.k2, device=device), None
     if choose_index(options.index, len(embeddings)) == "exact":
@@ -219,8 +241,36 @@ def _kmeans(method: KMeans, given: Given, views: Views) -> Found:
     return Found(net, views, method.probabilities_, facts=facts)
 
 
+def _embedded(method: KMeans | TEMI | TURTLE | SCAN | NNM | Members, given: Given, views: Views) -> Found:
+    """Fit ``method`` on the embeddings of a frozen encoder."""
+    embeddings = given.embeddings("train")
+    if isinstance(method, KMeans):
+        method.fit(embeddings)
+    elif isinstance(method, TEMI | SCAN | NNM | Members):
+        method.fit(embeddings, neighbors=given.neighbors("train"), device=given.device.alone)
+    else:
+        method.fit(embeddings, device=given.device.alone)
+    notices = [f"clusters: {line}" for line in getattr(method, "notices_", ())]
+    facts: dict[str, object] = {"notices": notices}
+    members = None
+    if isinstance(method, Members):
+        members = method.members_
+        write_json(given.folder / ROWS, {"members": method.rows_})
+    return Found(_shipped(method, given), views, method.probabilities_, getattr(method, "history_", ()), facts,
+                 of_embeddings=True, members=members)
+
+
+def _shipped(method: KMeans | TEMI | TURTLE | SCAN | NNM | Members | Consensus, given: Given) -> ClusterNet:
+    """Return the encoder with what ``method`` found on its embeddings, as one network."""
+    encoder, _ = load_encoder(given.pretrained)
+    projection, heads = method.as_parts()
+    return given.device.place(ClusterNet(encoder, heads, projection)).eval()
+
+
 def cluster(method: Clusterer, given: Given, *, views: Views) -> Found:
     """Fit ``method`` and return what it found; ``views`` are those of pretraining, for methods that have none."""
+    if given.is_frozen and not isinstance(method, TSUC):
+        return _embedded(method, given, views)
     match method:
         case SCAN():
             return _scan(method, given)
@@ -230,10 +280,14 @@ def cluster(method: Clusterer, given: Given, *, views: Views) -> Found:
             return _tsuc(method, given)
         case KMeans():
             return _kmeans(method, given, views)
+        case TEMI() | TURTLE() | Members():
+            return _embedded(method, given, views)
 
 
 CLUSTERS_FROM: Mapping[str, tuple[str, ...]] = {"SCAN": ("pretrain", "neighbors"), "NNM": ("pretrain", "neighbors"),
-                                                "TSUC": ("pretrain",), "KMeans": ("pretrain", "embed")}
+                                                "TSUC": ("pretrain",), "KMeans": ("pretrain", "embed"),
+                                                "TEMI": ("embed", "neighbors"), "TURTLE": ("embed",),
+                                                "Members": ("embed", "neighbors")}
 """The stages whose results a cluster method takes: it is made anew when one of them is."""
 
 
@@ -241,7 +295,9 @@ CLUSTERS_FROM: Mapping[str, tuple[str, ...]] = {"SCAN": ("pretrain", "neighbors"
 
 
 def refine(method: Refiner, given: Given, clustered: Path) -> Found:
-    """Fit ``method`` on the network in the folder ``clustered`` and return what it found."""
+    """Fit ``method`` on what is in the folder ``clustered``, a network or members, and return what it found."""
+    if isinstance(method, Consensus):
+        return _consensus(method, given, clustered)
     before = Classifier.load(clustered)
     if isinstance(method, SelfLabel):
         method.fit(given.images, net=before.net, neighbors=given.neighbors("train"), watched=given.watched,
@@ -258,6 +314,39 @@ def refine(method: Refiner, given: Given, clustered: Path) -> Found:
     return Found(method.net_, method.views, method.probabilities_, method.history_, facts, members)
 
 
+def _consensus(method: Consensus, given: Given, clustered: Path) -> Found:
+    members = read_array(clustered / MEMBERS)
+    scores = [max(0.0, row["score"]) for row in read_json(clustered / ROWS)["members"]]
+    method = replace(method, n_clusters=members.shape[2])
+    method.fit(given.embeddings("train"), members=[each.astype(np.float32) for each in members], member_scores=scores,
+               neighbors=given.neighbors("train"), device=given.device.alone)
+    views = Classifier.load(clustered).views
+    told = {"weights": method.weights_.tolist(), "scores": method.member_scores_.tolist(),
+            "stability": method.stability_.tolist(), "temperature": method.temperature_,
+            "notices": [f"consensus: {line}" for line in method.notices_]}
+    return Found(_shipped(method, given), views, method.probabilities_, facts=told, of_embeddings=True,
+                 agreement=method.agreement_)
+
+
+def cut(n_clusters: int, given: Given, before: Path) -> Found:
+    """Merge or split the classes of the result in ``before``, leave the tree by which, and return what comes out."""
+    classifier, assigned = Classifier.load(before), load_assignment(before, "train")
+    net = classifier.net
+    if given.is_frozen:
+        rows = net.seen(given.embeddings("train").values)
+    else:
+        rows = forward_all(given.images, net, net.embed, classifier.views, device=given.device).float().cpu().numpy()
+    tree = merge_tree(assigned, rows, device=given.device.alone)
+    tree.save(given.folder / TREE)
+    net = ClusterNet(net.encoder, tree.heads(net.heads, n_clusters), net.projection)
+    with torch.no_grad():
+        found = [net.heads.probabilities(torch.from_numpy(part).to(net.heads.weight.device))[:, 0].float().cpu().numpy()
+                 for part in np.split(rows, range(_PROJECTED, len(rows), _PROJECTED))]
+    notice = f"cut: {tree.n_clusters} classes became {n_clusters}; 1 to {tree.n_leaves} are possible"
+    return Found(net.eval(), classifier.views, np.concatenate(found), facts={"notices": [notice]},
+                 of_embeddings=given.is_frozen)
+
+
 def _members(method: RUC, device: Device, images: ImageSet) -> np.ndarray:
     """Return the labels of each of the two networks alone, int64 (2, n_images)."""
     found = [forward_all(images, net, net.probabilities, method.views.plain(), device=device)[:, 0].argmax(dim=1)
@@ -268,20 +357,38 @@ def _members(method: RUC, device: Device, images: ImageSet) -> np.ndarray:
 # ── what both leave ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def save_found(found: Found, splits: Splits, *, size: int, device: Device, folder: Path,
-               about: dict[str, Any]) -> None:
+def save_found(found: Found, splits: Splits, *, size: int, device: Device, folder: Path, about: dict[str, Any],
+               embeddings: Callable[[str], Embeddings]) -> None:
     """Write classifier, records and the assignment of every split, and the labels of rival heads where there are."""
     classifier = Classifier(found.net, found.views.plain(), size, facts=about)
     save_records(folder / "metrics.jsonl", found.history)
     for position, (name, images) in enumerate(splits):
-        p = found.probabilities if position == 0 else classifier.predict_proba(images, device=device)
+        if position == 0:
+            p = found.probabilities
+        elif found.of_embeddings:
+            p = found.net.of_embeddings(embeddings(name).values)
+        else:
+            p = classifier.predict_proba(images, device=device)
         save_assignment(folder, Assignment(p, images.ids), name)
         if found.rivals is not None:
             labels = found.rivals.fitted if position == 0 else found.rivals.predict(images)
             write_array(folder / f"{name}.{found.rivals.kind}.npy", labels)
         if found.epoch_labels is not None and found.epoch_labels[1] == name:
             write_array(folder / f"{name}.epochs.npy", found.epoch_labels[0])
+    for name, array in ((MEMBERS, found.members), (AGREEMENT, found.agreement)):
+        if array is not None:
+            write_array(folder / name, array)
     classifier.save(folder)
+
+
+def load_agreement(made: Stage) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Return how far the members of a consensus agree on each image, (n_images,), and on each cluster, (n_clusters,).
+
+    Both are float and 0 to 1; of a result that is no consensus they are None.
+    """
+    path, stability = made.folder / AGREEMENT, made.facts.get("stability")
+    return (read_array(path) if path.exists() else None,
+            None if stability is None else np.array(stability, np.float64))
 
 
 def load_rivals(folder: Path, split: str) -> dict[str, np.ndarray]:

@@ -281,9 +281,9 @@ def test_fit_reads_the_table_by_the_index_of_the_image(fitted, seen, monkeypatch
         orders.append(visited)
         return planted if visited is None else planted[:, visited]
 
-    made = nnm._Source.pair
+    made = nnm._FromImages.pair
     monkeypatch.setattr(nnm, "global_matches", plant)
-    monkeypatch.setattr(nnm._Source, "pair", lambda self, step: batches.append(step.indices) or made(self, step))
+    monkeypatch.setattr(nnm._FromImages, "pair", lambda self, step: batches.append(step.indices) or made(self, step))
     fitted(n_epochs=4, global_targets=mode)
     assert len(seen) == len(batches) == 12
     assert all(targets is None for _, _, targets in seen[:3]), "the first epoch has no table yet"
@@ -368,7 +368,7 @@ def test_ten_steps_give_the_recorded_losses(fitted, seen, recorded):
 
 def test_a_step_takes_each_image_and_one_of_its_neighbors_or_itself(noise, noise_neighbors, encoder,
                                                                               monkeypatch):
-    source = nnm._Source(noise, noise_neighbors, encoder, None, tiny(), choose_device("cpu"))
+    source = nnm._FromImages(noise, noise_neighbors, encoder, None, tiny(), choose_device("cpu"))
     taken: list[Tensor] = []
     take = source.pixels.take
     monkeypatch.setattr(source.pixels, "take", lambda rows: taken.append(rows) or take(rows))
@@ -397,16 +397,16 @@ def test_matches_of_a_batch_come_from_the_anchors_embeddings(fitted, monkeypatch
 @pytest.mark.parametrize(("view", "alike"), [("clean", True), ("augmented", False)])
 def test_table_of_all_images_is_made_in_evaluation_mode_of_the_views_asked_for(fitted, noise, monkeypatch, view, alike):
     tables, modes = [], []
-    make = nnm._Source.match_all
+    make = nnm._FromImages.match_all
 
-    def spy(self: nnm._Source, net: nn.Module, epoch: int) -> Tensor:
+    def spy(self: nnm._FromImages, net: nn.Module, epoch: int) -> Tensor:
         with torch.no_grad():
             modes.append(net.training)
             features = copy.deepcopy(net).eval().embed(WIDE.plain()(torch.from_numpy(noise.array), torch.Generator()))
             tables.append((global_matches(features, net.heads.probabilities(features)), make(self, net, epoch)))
         return tables[-1][1]
 
-    monkeypatch.setattr(nnm._Source, "match_all", spy)
+    monkeypatch.setattr(nnm._FromImages, "match_all", spy)
     fitted(n_epochs=3, update="heads", global_view=view)
     assert len(tables) == 2
     assert all(torch.allclose(mine, made, atol=1e-5) == alike for mine, made in tables)
@@ -657,3 +657,66 @@ def test_many_heads_are_as_many_fits_of_one_head(noise, noise_neighbors, encoder
         torch.testing.assert_close(together[part][:1], first[part], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(together[part][1:], second[part], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(first["heads.weight"], second["heads.weight"], atol=1e-2)
+
+
+# ── embeddings ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def blobs(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Return 60 Gaussian embeddings in 8 dimensions, in three blobs, and their classes."""
+    true = np.repeat(np.arange(3), 20)
+    return (np.random.default_rng(seed).normal(0, 0.3, (60, 8)) + 2 * np.eye(8)[true]).astype(np.float32), true
+
+
+def on_rows(**options: object) -> NNM:
+    return tiny(**{"n_epochs": 20, "batch_size": 20, "lr": 0.05} | options)
+
+
+@pytest.mark.parametrize("options", [{}, {"normalize": True}, {"global_targets": "off"}], ids=str)
+@pytest.mark.parametrize("several", [False, True])
+def test_recovers_blobs_of_embeddings_and_gives_the_parts(options, several):
+    rows, true = blobs()
+    given = [rows[:, :3], 40 * rows[:, 3:]] if several else rows
+    found = on_rows(**options).fit(given)
+    assert hungarian_accuracy(true, found.labels_) == 1.0 and found.n_features_in_ == 8
+    np.testing.assert_allclose(found.predict_proba(given), found.probabilities_, atol=1e-6)
+    projection, heads = found.as_parts()
+    raw = torch.from_numpy(np.concatenate(given, axis=1) if several else rows)
+    with torch.no_grad():
+        np.testing.assert_allclose(heads.probabilities(projection(raw))[:, 0], found.probabilities_, atol=1e-5)
+    with pytest.raises(InputError, match="embeddings of 2 features do not fit heads of"):
+        found.predict(rows[:, :2])
+
+
+def test_neighbors_of_embeddings_are_found_or_given_and_the_nearest_found_once(monkeypatch):
+    rows, _ = blobs()
+    once = on_rows(n_epochs=3).fit(rows)
+    calls, nearest = [], nnm._nearest
+    monkeypatch.setattr(nnm, "_nearest", lambda features: calls.append(0) or nearest(features))
+    again = on_rows(n_epochs=3).fit(rows, neighbors=find_neighbors(rows, 20))
+    assert np.array_equal(once.probabilities_, again.probabilities_) and len(calls) == 1
+    with pytest.raises(InputError, match="belong to another set"):
+        on_rows().fit(rows, neighbors=find_neighbors(rows[:30], 5))
+
+
+@pytest.mark.parametrize("call", [2, 5])
+def test_a_fit_on_embeddings_goes_on_bit_equal(killed, tmp_path, call):
+    rows, _ = blobs()
+    whole = on_rows(n_epochs=3).fit(rows)
+    with killed(nnm, "nnm_loss", call):
+        on_rows(n_epochs=3).fit(rows, folder=tmp_path)
+    again = on_rows(n_epochs=3).fit(rows, folder=tmp_path)
+    assert equal(again.net_, whole.net_) and again.history_ == whole.history_
+
+
+def test_images_and_embeddings_are_not_mixed_up(fitted, noise):
+    rows, _ = blobs()
+    with pytest.raises(InputError, match="without an encoder and watched images"):
+        on_rows().fit(rows, encoder=nn.Identity())
+    with pytest.raises(InputError, match="has no encoder"):
+        on_rows(n_epochs=1).fit(rows).predict(noise)
+    of_images = fitted(n_epochs=1)
+    with pytest.raises(InputError, match="the fit was on images"):
+        of_images.predict(rows)
+    with pytest.raises(InputError, match="has no parts"):
+        of_images.as_parts()

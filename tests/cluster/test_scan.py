@@ -355,6 +355,28 @@ def test_recovers_blobs_of_embeddings(as_noun):
     assert hungarian_accuracy(classes, fitted.predict(new)) == 1.0
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("several", [False, True])
+def test_parts_of_a_fit_on_embeddings(normalize, several):
+    rows, true = blobs()
+    given = [rows[:, :3], 40 * rows[:, 3:]] if several else rows
+    fitted = tiny(n_epochs=30, lr=0.05, normalize=normalize).fit(given)
+    assert hungarian_accuracy(true, fitted.labels_) == 1.0 and fitted.n_features_in_ == 8
+    np.testing.assert_allclose(fitted.predict_proba(given), fitted.probabilities_, atol=1e-6)
+    projection, heads = fitted.as_parts()
+    raw = torch.from_numpy(np.concatenate(given, axis=1) if several else rows)
+    with torch.no_grad():
+        np.testing.assert_allclose(heads.probabilities(projection(raw))[:, 0], fitted.probabilities_, atol=1e-5)
+
+
+def test_parts_of_a_fit_on_images_are_the_network(noise, noise_neighbors, encoder):
+    fitted = tiny(views=WIDE, update="heads", n_epochs=1).fit(noise, neighbors=noise_neighbors, encoder=encoder)
+    with pytest.raises(InputError, match="has no parts"):
+        fitted.as_parts()
+    with pytest.raises(InputError, match="the fit was on images"):
+        fitted.predict(noise.array.reshape(32, -1).astype(np.float32))
+
+
 def test_recovers_colors_from_images(colors, color_neighbors, encoder):
     images, true = colors
     calm = Views("strong", 8, cutout=2, n_operations=1)

@@ -278,3 +278,35 @@ def test_the_bar_counts_files_read_and_skipped():
     with shown_by(Shown()):
         gather(source())
     assert Shown.steps == [4, 1, 4, 0]
+
+
+def test_the_shared_folder_keeps_what_was_used_last(tmp_path, monkeypatch):
+    monkeypatch.setenv("PHYLA_CACHE", str(tmp_path))
+    folder = module.shared_folder()
+    folder.mkdir(parents=True)
+    for n, name in enumerate(("old", "older", "new")):
+        gather(source(), folder / f"{name}.npy")
+        when = 1_000_000 + (n - 1) ** 2  # "older" is the oldest
+        for path in folder.glob(f"{name}.*"):
+            os.utime(path, (when, when))
+    one = (folder / "old.npy").stat().st_size
+    gather(source(), folder / "old.npy")  # used again
+    monkeypatch.setattr(module, "SHARED_BYTES", 3 * one)
+    gather(source(), folder / "newest.npy")
+    assert {path.stem for path in folder.glob("*.npy")} == {"old", "new", "newest"}
+    assert {path.stem for path in folder.glob("*.json")} == {"old", "new", "newest"}
+
+
+def test_other_folders_are_never_trimmed(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "SHARED_BYTES", 0)
+    gather(source(), tmp_path / "a.npy")
+    gather(source(), tmp_path / "b.npy")
+    assert {path.stem for path in tmp_path.glob("*.npy")} == {"a", "b"}
+
+
+def test_use_does_not_vouch_for_changed_pixels(tmp_path):
+    gather(source(), tmp_path / "a.npy")
+    later = (tmp_path / "a.json").stat().st_mtime + 5
+    os.utime(tmp_path / "a.npy", (later, later))
+    assert gather(source(), tmp_path / "a.npy").images.digest is None
+    assert gather(source(), tmp_path / "a.npy").images.digest is None

@@ -2,13 +2,13 @@
 
 Dang et al. 2021, "Nearest Neighbor Matching for Deep Clustering" (CVPR 2021).
 
-In: images, their neighbors (n, k), an encoder (B, 3, H, W) -> (B, D). Out: ``labels_`` (n,), ``probabilities_`` (n, K),
-``net_`` with the best head.
+In: images, their neighbors (n, k), an encoder (B, 3, H, W) -> (B, D); or embeddings (n, D), of one encoder or several,
+and their neighbors: then linear heads are trained and an image has one view. Out: ``labels_`` (n,), ``probabilities_``
+(n, K), ``net_`` with the best head.
 
-Differs from the authors' code: the targets of the match over all images belong to the images they are for
-(``global_targets="visit_order"`` is theirs, where they belong to others); head and epoch are chosen without labels,
-where theirs takes the epoch with the highest accuracy; the logarithms and the lengths of columns are taken in log
-space, so no gradient vanishes. The equations are those of the released code: the paper's text was not at hand.
+Differs from the authors' code: the targets of the match over all images belong to the images they are for (theirs,
+``global_targets="visit_order"``, to others); head and epoch are chosen without labels, not by the highest accuracy;
+logarithms and lengths are taken in log space, so no gradient vanishes. The equations are those of the released code.
 """
 
 import copy
@@ -32,9 +32,10 @@ from phyla.errors import CollapseWarning, InputError, NonFiniteLossError
 from phyla.images.augment import Views
 from phyla.images.batches import Order, open_pixels
 from phyla.neighbors import find_neighbors
-from phyla.nets.heads import ClusterHeads, ClusterNet
+from phyla.nets.heads import ClusterHeads, ClusterNet, Heads, SpaceProjection
 from phyla.quality import neighbor_score
 from phyla.randomness import derive_seed, generator
+from phyla.spaces import Space, head_probabilities, rows_for_heads
 from phyla.storage import fingerprint
 from phyla.training.agreement import by_first
 from phyla.training.device import Device, choose_device
@@ -102,9 +103,8 @@ def class_contrast(anchors: Float[Tensor, "*heads rows clusters"], positives: Fl
     """Return the cross-entropy of telling which column of ``positives`` is the same cluster as one of ``anchors``.
 
     Both are log-probabilities (..., rows, K). With all columns scaled to length 1 and S the K x K table of their
-    products, it is the mean over c of -log(exp S_cc / sum_k exp S_ck): the temperature is 1, so it lies between
-    log(1 + (K - 1) / e), for even one-hot rows that agree, and about log K, for rows that have nothing to do with each
-    other.
+    products, it is the mean over c of -log(exp S_cc / sum_k exp S_ck): from log(1 + (K - 1) / e), for even one-hot rows
+    that agree, to about log K, for rows that have nothing to do with each other.
     """
     products = _unit_columns(anchors).transpose(-1, -2) @ _unit_columns(positives)
     return -products.log_softmax(-1).diagonal(dim1=-2, dim2=-1).mean(-1)
@@ -122,7 +122,7 @@ def _disagreement(first: Float[Tensor, "*heads rows clusters"], second: Float[Te
 def batch_match(features: Float[Tensor, "batch features"]) -> Int[Tensor, " batch"]:
     """Return for each row the nearest other row of the batch by Euclidean distance; the lowest index among equals.
 
-    Distances are summed from differences, in float32 or better: two equal rows are exactly 0 apart.
+    Distances are summed from differences, in float32 or better.
 
     Raises
     ------
@@ -138,7 +138,8 @@ def batch_match(features: Float[Tensor, "batch features"]) -> Int[Tensor, " batc
 
 
 def global_matches(features: Float[Tensor, "images features"], probabilities: Float[Tensor, "images heads clusters"], *,
-                   visited: Int[Tensor, " images"] | None = None) -> Float[Tensor, "heads images clusters"]:
+                   visited: Int[Tensor, " images"] | None = None, nearest: Int[Tensor, " images"] | None = None
+                   ) -> Float[Tensor, "heads images clusters"]:
     """Return for each image what every head says of its nearest other image by Euclidean distance.
 
     Parameters
@@ -146,11 +147,17 @@ def global_matches(features: Float[Tensor, "images features"], probabilities: Fl
     features : of all images, in the order of their index, and so are ``probabilities``
     visited : a permutation. Row i is then that of image ``visited[i]``, which is what the released code reads: it
         writes rows in the order of a shuffled pass and reads them by the index of the image
+    nearest : of each image its nearest other; None: found
     """
-    held = features.float().cpu().numpy()
-    near = find_neighbors(held, 1, device=features.device, normalize=False, metric="euclidean", title="").indices[:, 0]
-    table = probabilities[torch.from_numpy(near).to(probabilities.device)].transpose(0, 1)
+    near = _nearest(features) if nearest is None else nearest
+    table = probabilities[near.to(probabilities.device)].transpose(0, 1)
     return (table if visited is None else table[:, visited.to(table.device)]).contiguous()
+
+
+def _nearest(features: Float[Tensor, "images features"]) -> Int[Tensor, " images"]:
+    held = features.float().cpu().numpy()
+    near = find_neighbors(held, 1, device=features.device, normalize=False, metric="euclidean", title="")
+    return torch.from_numpy(near.indices[:, 0])
 
 
 def selection_score(probabilities: Float[Tensor, "images clusters"], neighbors: Int[Tensor, "images near"]) -> float:
@@ -185,14 +192,14 @@ class NNM(ClusterMixin, BaseEstimator):
     global_weight : of that term, 0 or more; 0 is off
     views : random views of anchors and neighbors
     update : all: encoder and heads; heads: the encoder stays frozen, in evaluation mode
-    forwards : two: the views of a step one after the other, each with its own BatchNorm statistics, as published;
-        fused: one pass
+    forwards : two: each view of a step by itself, with its own BatchNorm statistics, as published; fused: one pass
     select : label_free: head and epoch with the lowest ``selection_score``; last: the last epoch, best head
     n_selection_neighbors : neighbors of the score, 5 as published (the image itself counts as one more)
     optimizer, lr, weight_decay, momentum : adam (L2 decay, not decoupled) or sgd, constant learning rate
     n_epochs, batch_size : every image is an anchor once an epoch
     drop_last : leave the short last batch of an epoch out; kept as published, unless it is a single image, which has no
         other to match
+    normalize : of embeddings: scale each row to length 1 first; those of several spaces always are, to 1/sqrt(M) each
     random_state : seed of heads, order, neighbors drawn and views
     """
 
@@ -214,9 +221,10 @@ class NNM(ClusterMixin, BaseEstimator):
     n_epochs: int = 100
     batch_size: int = 200
     drop_last: bool = False
+    normalize: bool = False
     random_state: int = 0
 
-    def fit(self, images: ImageSet, y: None = None, *, neighbors: Neighbors | None = None,
+    def fit(self, images: ImageSet | Space, y: None = None, *, neighbors: Neighbors | None = None,
             encoder: nn.Module | None = None, device: Device | None = None,
             watched: tuple[ImageSet, Neighbors] | None = None, folder: Path | None = None) -> "NNM":
         """Cluster ``images`` and set ``net_``, ``labels_``, ``probabilities_``, ``history_`` and what was kept.
@@ -227,43 +235,42 @@ class NNM(ClusterMixin, BaseEstimator):
 
         Parameters
         ----------
-        neighbors : of every image; required
-        encoder : to start from; required, and copied
+        images : an ImageSet, with ``encoder``, to start from; or embeddings (n, D), in one space or several
+        neighbors : of every image; for embeddings they are found when missing (20, or fewer for tiny sets)
         watched : a held-out split and its neighbors, on which the label-free score is taken; None: ``images``
         folder : keeps a checkpoint from which the same call goes on
 
         Raises
         ------
         InputError
-            An option out of its range, more clusters than images, no encoder or neighbors, or neighbors of another set.
+            An option out of its range, fewer images than clusters, no encoder or neighbors, or those of another set.
         NonFiniteLossError
             The loss became NaN or infinite.
         """
         device = device or choose_device("cpu")
-        for fault in self._faults(images, neighbors, watched):
+        of_rows = None
+        if not isinstance(images, ImageSet):
+            images, of_rows = rows_for_heads(images, normalize=self.normalize)
+        for fault in self._faults(images, neighbors, encoder, watched):
             raise fault
-        if encoder is None:
-            raise InputError("NNM needs an encoder", "fit SimCLR first and pass encoder=simclr.encoder_")
-        if neighbors is None:
-            raise InputError("NNM needs the neighbors of the images", "phyla.neighbors.find_neighbors(embeddings, 20)")
-        source = _Source(images, neighbors, copy.deepcopy(encoder), watched, self, device)
+        source, neighbors = self._open(images, neighbors, encoder, watched, device)
         key = self._key(images, neighbors, encoder, watched) if folder else ""
         heads = ClusterHeads(source.n_features, self.n_clusters, self.n_heads)
         heads.initialise(generator(self.random_state, "nnm heads"))
         net = ClusterNet(source.encoder, heads)
         device.place(net).requires_grad_(True)
-        net.encoder.requires_grad_(self.update == "all")
-        trained = net if self.update == "all" else net.heads
+        net.encoder.requires_grad_(source.trains_encoder)
+        trained = net if source.trains_encoder else net.heads
         optimizer = make_optimizer(self.optimizer, trained.parameters(), device, lr=self.lr, momentum=self.momentum,
                                    weight_decay=self.weight_decay)
         order = self._order(len(images), device)
         kind = torch.int16 if self.n_clusters <= torch.iinfo(torch.int16).max else torch.int32
         held: dict[str, Any] = {"score": math.inf, "head": 0, "epoch": 0, "state": {}, "targets": None,
-                                "labels": torch.zeros(self.n_epochs, len(source.watched[0]), dtype=kind)}
+                                "labels": torch.zeros(self.n_epochs, source.n_watched, dtype=kind)}
         embed = device.compiled(net.embed)
 
         def advance(step: Step, batch: Tensor, partners: Tensor, targets: Tensor | None) -> None:
-            views = [step.view(self.views, pixels) for pixels in (batch, batch, partners)]
+            views = [source.view(step, each) for each in (batch, batch, partners)]
             with device.autocast():
                 if self.forwards == "two":
                     features = [embed(each) for each in views]
@@ -281,11 +288,11 @@ class NNM(ClusterMixin, BaseEstimator):
                    folder=folder, seed=self.random_state, key=key, device=device, pixels=source.pixels,
                    wants=source.wanted)
         for step in run:
-            net.train(self.update == "all")
+            net.train(source.trains_encoder)
             step.run(advance, *source.pair(step), source.targets(held, step.indices))
             if step.ends_epoch:
                 p = source.watched_probabilities(net)
-                scores = self._scores(p, source.watched[1])
+                scores = self._scores(p, source.watched_neighbors)
                 head = int(np.argmin(scores))
                 if not math.isfinite(scores[head]):
                     raise NonFiniteLossError(f"cluster: the weights are not finite after step {step.index}",
@@ -304,18 +311,44 @@ class NNM(ClusterMixin, BaseEstimator):
         self.net_ = net.only(self.head_).eval()
         self.probabilities_ = source.probabilities(self.net_)[:, 0].float().cpu().numpy()
         self.labels_ = self.probabilities_.argmax(axis=1)
+        self._projection = of_rows
+        if of_rows is not None:
+            self.n_features_in_ = of_rows.n_features
         self._tell()
         return self
 
-    def predict_proba(self, images: ImageSet) -> np.ndarray:
-        """Return the probabilities of new images, float32 (n_images, K)."""
+    def predict_proba(self, images: ImageSet | Space) -> np.ndarray:
+        """Return the probabilities of new images, or of embeddings if fitted on them, float32 (n_images, K)."""
         check_is_fitted(self)
+        if not isinstance(images, ImageSet):
+            return head_probabilities(images, self._projection, self.net_.heads)
+        if isinstance(self.net_.encoder, nn.Identity):
+            raise InputError("this NNM was fitted on embeddings and has no encoder", "embed the images first")
         found = forward_all(images, self.net_, self.net_.probabilities, self.views.plain())
         return found[:, 0].float().cpu().numpy()
 
-    def predict(self, images: ImageSet) -> np.ndarray:
+    def predict(self, images: ImageSet | Space) -> np.ndarray:
         """Return the cluster of new images, int64 (n_images,)."""
         return self.predict_proba(images).argmax(axis=1)
+
+    def as_parts(self) -> tuple[SpaceProjection, Heads]:
+        """Return what maps the spaces of a fit on embeddings, beside one another, to the same probabilities."""
+        check_is_fitted(self)
+        if self._projection is None:
+            raise InputError("this NNM was fitted on images and has no parts", "net_ is the network")
+        return copy.deepcopy(self._projection), copy.deepcopy(self.net_.heads)
+
+    def _open(self, images: ImageSet | np.ndarray, neighbors: Neighbors | None, encoder: nn.Module | None,
+              watched: tuple[ImageSet, Neighbors] | None, device: Device
+              ) -> tuple["_FromImages | _FromEmbeddings", Neighbors]:
+        if not isinstance(images, ImageSet):
+            near = find_neighbors(images, min(20, len(images) - 1)) if neighbors is None else neighbors
+            return _FromEmbeddings(torch.from_numpy(images).to(device.device), near, self, device), near
+        if encoder is None:
+            raise InputError("NNM needs an encoder", "fit SimCLR first and pass encoder=simclr.encoder_")
+        if neighbors is None:
+            raise InputError("NNM needs the neighbors of the images", "phyla.neighbors.find_neighbors(embeddings, 20)")
+        return _FromImages(images, neighbors, copy.deepcopy(encoder), watched, self, device), neighbors
 
     @property
     def _matches_all(self) -> bool:
@@ -326,19 +359,22 @@ class NNM(ClusterMixin, BaseEstimator):
         yield from faults(self, least={"n_clusters": 1, "n_heads": 1, "n_selection_neighbors": 1, "batch_size": 2,
                                        "global_weight": 0})
 
-    def _faults(self, images: ImageSet, neighbors: Neighbors | None,
+    def _faults(self, images: ImageSet | np.ndarray, neighbors: Neighbors | None, encoder: nn.Module | None,
                 watched: tuple[ImageSet, Neighbors] | None) -> Iterator[InputError]:
         yield from self.option_faults()
         if len(images) < max(2, self.n_clusters):
             yield InputError(f"n_clusters={self.n_clusters} needs at least {max(2, self.n_clusters)} images, "
                              f"got {len(images)}", "lower n_clusters or add images")
         yield from neighbor_faults((images, neighbors), watched)
+        if isinstance(images, np.ndarray) and (encoder is not None or watched is not None):
+            yield InputError("embeddings come without an encoder and watched images", "pass the images instead")
 
-    def _key(self, images: ImageSet, neighbors: Neighbors, encoder: nn.Module,
+    def _key(self, images: ImageSet | np.ndarray, neighbors: Neighbors, encoder: nn.Module | None,
              watched: tuple[ImageSet, Neighbors] | None) -> str:
         judges = None if watched is None else [part.fingerprint for part in watched]
-        start = weights_fingerprint(encoder)
-        return fingerprint(asdict(self), images.fingerprint, neighbors.fingerprint, start, judges)
+        start = None if encoder is None else weights_fingerprint(encoder)
+        content = images.fingerprint if isinstance(images, ImageSet) else images
+        return fingerprint(asdict(self), content, neighbors.fingerprint, start, judges)
 
     def _order(self, n_images: int, device: Device) -> Order:
         alone = n_images % min(self.batch_size, n_images) == 1
@@ -352,8 +388,7 @@ class NNM(ClusterMixin, BaseEstimator):
     def _tell(self) -> None:
         log.info("cluster: kept epoch %d of %d, head %d of %d, score %.4f", self.epoch_, self.n_epochs, self.head_ + 1,
                  self.n_heads, self.score_)
-        n_used = len(np.unique(self.labels_))
-        if n_used < self.n_clusters:
+        if (n_used := len(np.unique(self.labels_))) < self.n_clusters:
             log.info("cluster: %d of %d clusters hold an image", n_used, self.n_clusters)
         if n_used == 1 < self.n_clusters:
             told = f"NNM put all {len(self.labels_)} images into one of {self.n_clusters} clusters"
@@ -361,19 +396,13 @@ class NNM(ClusterMixin, BaseEstimator):
                           CollapseWarning, stacklevel=3)
 
 
-class _Source:
-    """Views of a step, the table of all images, and probabilities: everything that needs pixels."""
+class _Pairs:
+    """Draws one neighbor of each anchor, and reads the table of targets."""
 
-    def __init__(self, images: ImageSet, neighbors: Neighbors, encoder: nn.Module,
-                 watched: tuple[ImageSet, Neighbors] | None, options: NNM, device: Device) -> None:
-        self.images, self.encoder, self.options, self.device = images, encoder, options, device
-        self.watched = watched or (images, neighbors)
-        self.pixels = open_pixels(images, device.device)
+    def __init__(self, neighbors: Neighbors, options: NNM, device: Device) -> None:
+        self.options, self.device = options, device
         own = np.arange(len(neighbors))[:, None]  # the image itself is one of the k + 1 candidates, as published
         self.table = torch.from_numpy(np.concatenate([own, neighbors.indices], axis=1)).to(device.device)
-        with torch.no_grad():
-            side = options.views.size
-            self.n_features = encoder.cpu().eval()(torch.zeros(1, 3, side, side)).shape[1]
 
     def wanted(self, step: Step) -> Int[Tensor, " images"]:
         """Return the anchors, then one neighbor of each; the numbers are drawn for the whole batch."""
@@ -382,17 +411,42 @@ class _Source:
         partners = self.table[step.rows, column[step.part].to(step.rows.device, non_blocking=True)]
         return torch.cat([step.rows, partners])
 
-    def pair(self, step: Step) -> tuple[Tensor, Tensor]:
-        """Return the pixels of the anchors and of their neighbors."""
-        anchors, partners = self.pixels.take(self.wanted(step)).chunk(2)
-        return anchors, partners
-
     def targets(self, held: dict[str, Any], indices: Tensor) -> Tensor | None:
         """Return the targets of a batch, (n_heads, B, K); None before there are any."""
         if held["targets"] is None:
             return None
         held["targets"] = held["targets"].to(self.device.device)  # a checkpoint is read to the CPU
         return held["targets"][:, indices]
+
+    def visited(self, n_images: int, epoch: int) -> Tensor | None:
+        """Return the order in which the released code would have written the table; None: rows are aligned."""
+        source = generator(self.options.random_state, "visit order", epoch)
+        return torch.randperm(n_images, generator=source) if self.options.global_targets == "visit_order" else None
+
+
+class _FromImages(_Pairs):
+    """Views of a step, the table of all images, and probabilities: everything that needs pixels."""
+
+    def __init__(self, images: ImageSet, neighbors: Neighbors, encoder: nn.Module,
+                 watched: tuple[ImageSet, Neighbors] | None, options: NNM, device: Device) -> None:
+        super().__init__(neighbors, options, device)
+        self.images, self.encoder = images, encoder
+        self.watched_images, self.watched_neighbors = watched or (images, neighbors)
+        self.n_watched = len(self.watched_images)
+        self.trains_encoder = options.update == "all"
+        self.pixels = open_pixels(images, device.device)
+        with torch.no_grad():
+            side = options.views.size
+            self.n_features = encoder.cpu().eval()(torch.zeros(1, 3, side, side)).shape[1]
+
+    def pair(self, step: Step) -> tuple[Tensor, Tensor]:
+        """Return the pixels of the anchors and of their neighbors."""
+        anchors, partners = self.pixels.take(self.wanted(step)).chunk(2)
+        return anchors, partners
+
+    def view(self, step: Step, pixels: Tensor) -> Tensor:
+        """Return what the network is shown."""
+        return step.view(self.options.views, pixels)
 
     def match_all(self, net: ClusterNet, epoch: int) -> Tensor:
         """Return the table of targets after ``epoch``, (n_heads, n_images, K)."""
@@ -402,14 +456,45 @@ class _Source:
         features = forward_all(self.images, net, net.embed, views, device=self.device, seed=seed).float()
         with torch.no_grad():
             probabilities = net.heads.probabilities(features)
-        visited = None
-        if options.global_targets == "visit_order":
-            visited = torch.randperm(len(features), generator=generator(options.random_state, "visit order", epoch))
+        visited = self.visited(len(features), epoch)
         # One search is enough for all processes.
         return by_first(self.device.group, lambda: global_matches(features, probabilities, visited=visited))
 
     def watched_probabilities(self, net: ClusterNet) -> Tensor:
-        return forward_all(self.watched[0], net, net.probabilities, self.options.views.plain(), device=self.device)
+        return forward_all(self.watched_images, net, net.probabilities, self.options.views.plain(), device=self.device)
 
     def probabilities(self, net: ClusterNet) -> Tensor:
         return forward_all(self.images, net, net.probabilities, self.options.views.plain(), device=self.device)
+
+
+class _FromEmbeddings(_Pairs):
+    """Embeddings made once: a view of an image is its embedding, and its nearest other image stays the same."""
+
+    trains_encoder, pixels = False, None
+    nearest: Tensor | None
+
+    def __init__(self, rows: Tensor, neighbors: Neighbors, options: NNM, device: Device) -> None:
+        super().__init__(neighbors, options, device)
+        self.rows, self.watched_neighbors, self.n_watched, self.n_features = rows, neighbors, *rows.shape
+        self.encoder, self.nearest = nn.Identity(), None
+
+    def pair(self, step: Step) -> tuple[Tensor, Tensor]:
+        """Return the embeddings of the anchors and of their neighbors."""
+        anchors, partners = self.rows[self.wanted(step)].chunk(2)
+        return anchors, partners
+
+    def view(self, step: Step, embeddings: Tensor) -> Tensor:
+        return embeddings
+
+    def match_all(self, net: ClusterNet, epoch: int) -> Tensor:
+        """Return the same table."""
+        if self.nearest is None:
+            self.nearest = by_first(self.device.group, lambda: _nearest(self.rows))
+        return global_matches(self.rows, self.probabilities(net), visited=self.visited(len(self.rows), epoch),
+                              nearest=self.nearest)
+
+    def probabilities(self, net: ClusterNet) -> Tensor:
+        with torch.no_grad():
+            return net.heads.probabilities(self.rows)
+
+    watched_probabilities = probabilities

@@ -2,8 +2,9 @@
 
 van Gansbeke et al. 2020, "SCAN: Learning to Classify Images without Labels", section 2.2, Eq. 2.
 
-In: images, neighbors (n, k), an encoder (B, 3, H, W) -> (B, D); or embeddings (n, D) and their neighbors, when the
-encoder stays frozen. Out: ``labels_`` (n,), ``probabilities_`` (n, K), ``net_`` with the best head.
+In: images, neighbors (n, k), an encoder (B, 3, H, W) -> (B, D); or embeddings (n, D), of one encoder or several, and
+their neighbors, when the encoders stay frozen. Out: ``labels_`` (n,), ``probabilities_`` (n, K), ``net_`` with the best
+head.
 
 Differs from the paper: one random neighbor a step instead of the sum over all (as the authors' code does).
 Differs from the authors' code: the consistency is a logsumexp in float32, so its gradient does not vanish below a
@@ -31,14 +32,15 @@ from phyla.errors import CollapseWarning, InputError, NonFiniteLossError
 from phyla.images.augment import Views
 from phyla.images.batches import Order, open_pixels
 from phyla.neighbors import find_neighbors
-from phyla.nets.heads import ClusterHeads, ClusterNet
+from phyla.nets.heads import ClusterHeads, ClusterNet, Heads, SpaceProjection
 from phyla.quality import neighbor_score
 from phyla.randomness import derive_seed, generator
+from phyla.spaces import Space, head_probabilities, rows_for_heads
 from phyla.storage import fingerprint
 from phyla.training.device import Device, choose_device
 from phyla.training.loop import Loop, Step
 from phyla.training.options import faults, make_optimizer, neighbor_faults
-from phyla.types import Embeddings, ImageSet, Neighbors
+from phyla.types import ImageSet, Neighbors
 
 log = logging.getLogger("phyla")
 
@@ -109,6 +111,7 @@ class SCAN(ClusterMixin, BaseEstimator):
     n_selection_neighbors : neighbors of the score, 5 as published (the image itself counts as one more)
     optimizer, lr, weight_decay, momentum : adam (L2 decay, not decoupled) or sgd, constant learning rate
     n_epochs, batch_size : every image is an anchor once an epoch
+    normalize : of embeddings: scale each row to length 1 first; those of several spaces always are, to 1/sqrt(M) each
     random_state : seed of heads, order, neighbors drawn and views
     """
 
@@ -128,9 +131,10 @@ class SCAN(ClusterMixin, BaseEstimator):
     momentum: float = 0.9
     n_epochs: int = 50
     batch_size: int = 128
+    normalize: bool = False
     random_state: int = 0
 
-    def fit(self, images: ImageSet | Embeddings | np.ndarray, y: None = None, *, neighbors: Neighbors | None = None,
+    def fit(self, images: ImageSet | Space, y: None = None, *, neighbors: Neighbors | None = None,
             encoder: nn.Module | None = None, watched: Watched | None = None, device: Device | None = None,
             folder: Path | None = None) -> "SCAN":
         """Cluster ``images`` and set ``net_``, ``labels_``, ``probabilities_``, ``history_`` and what was kept.
@@ -139,7 +143,8 @@ class SCAN(ClusterMixin, BaseEstimator):
 
         Parameters
         ----------
-        images : an ImageSet, with ``encoder``; or embeddings (n, D), on which linear heads are trained
+        images : an ImageSet, with ``encoder``; or embeddings (n, D), in one space or several, on which linear heads are
+            trained
         neighbors : of every image; for embeddings they are found when missing (20, or fewer for tiny sets)
         watched : other images to take the label-free score on (a held-out split); the training images when None
         folder : keeps a checkpoint from which the same call goes on
@@ -153,6 +158,9 @@ class SCAN(ClusterMixin, BaseEstimator):
             The loss became NaN or infinite.
         """
         device = device or choose_device("cpu")
+        of_rows = None
+        if not isinstance(images, ImageSet):
+            images, of_rows = rows_for_heads(images, normalize=self.normalize)
         for fault in self._faults(images, encoder, watched):
             raise fault
         neighbors = self._find_neighbors(images) if neighbors is None else neighbors
@@ -209,10 +217,13 @@ class SCAN(ClusterMixin, BaseEstimator):
         self.probabilities_ = source.probabilities(kept)[:, 0].float().cpu().numpy()
         self.labels_ = self.probabilities_.argmax(axis=1)
         self.net_ = source.whole(kept).eval()
+        self._projection = of_rows
+        if of_rows is not None:
+            self.n_features_in_ = of_rows.n_features
         self._tell()
         return self
 
-    def predict_proba(self, images: ImageSet | Embeddings | np.ndarray) -> np.ndarray:
+    def predict_proba(self, images: ImageSet | Space) -> np.ndarray:
         """Return the probabilities of new images (or embeddings, if fitted on them), float32 (n_images, K)."""
         check_is_fitted(self)
         heads, encoder = self.net_.heads, self.net_.encoder
@@ -221,21 +232,29 @@ class SCAN(ClusterMixin, BaseEstimator):
                 raise InputError("this SCAN was fitted on embeddings and has no encoder", "embed the images first")
             found = forward_all(images, self.net_, self.net_.probabilities, self.views.plain())
             return found[:, 0].float().cpu().numpy()
-        rows = _rows(images)
-        if rows.shape[1] != heads.weight.shape[2]:
-            raise InputError(f"embeddings of {rows.shape[1]} features do not fit heads of {heads.weight.shape[2]}",
-                             "embed with the encoder of the fit")
-        with torch.no_grad():
-            return heads.probabilities(torch.from_numpy(rows).to(heads.weight.device))[:, 0].cpu().numpy()
+        return head_probabilities(images, self._projection, heads)
 
-    def predict(self, images: ImageSet | Embeddings | np.ndarray) -> np.ndarray:
+    def predict(self, images: ImageSet | Space) -> np.ndarray:
         """Return the cluster of new images, int64 (n_images,)."""
         return self.predict_proba(images).argmax(axis=1)
 
-    def _find_neighbors(self, images: ImageSet | Embeddings | np.ndarray) -> Neighbors:
+    def as_parts(self) -> tuple[SpaceProjection, Heads]:
+        """Return what maps the spaces of a fit on embeddings, beside one another, to the same probabilities.
+
+        Raises
+        ------
+        InputError
+            The fit was on images: ``net_`` is all of it.
+        """
+        check_is_fitted(self)
+        if self._projection is None:
+            raise InputError("this SCAN was fitted on images and has no parts", "net_ is the network")
+        return copy.deepcopy(self._projection), copy.deepcopy(self.net_.heads)
+
+    def _find_neighbors(self, images: ImageSet | np.ndarray) -> Neighbors:
         if isinstance(images, ImageSet):
             raise InputError("SCAN on images needs their neighbors", "phyla.neighbors.find_neighbors(embeddings, 20)")
-        return find_neighbors(_rows(images), min(20, len(images) - 1))
+        return find_neighbors(images, min(20, len(images) - 1))
 
     def option_faults(self) -> Iterator[InputError]:
         """Yield what is wrong with the options by themselves, an error each: what can be told before any work."""
@@ -248,7 +267,7 @@ class SCAN(ClusterMixin, BaseEstimator):
                                       and abs(sum(prior) - 1) < 1e-3):
             yield InputError(f"class_prior needs {self.n_clusters} shares of 0 to 1 that sum to 1, got {prior}")
 
-    def _faults(self, images: ImageSet | Embeddings | np.ndarray, encoder: nn.Module | None,
+    def _faults(self, images: ImageSet | np.ndarray, encoder: nn.Module | None,
                 watched: Watched | None) -> Iterator[InputError]:
         yield from self.option_faults()
         if len(images) < max(2, self.n_clusters):
@@ -261,9 +280,9 @@ class SCAN(ClusterMixin, BaseEstimator):
         if watched is not None:
             yield from neighbor_faults((watched.images, watched.neighbors))
 
-    def _key(self, images: ImageSet | Embeddings | np.ndarray, neighbors: Neighbors, encoder: nn.Module | None,
+    def _key(self, images: ImageSet | np.ndarray, neighbors: Neighbors, encoder: nn.Module | None,
              watched: Watched | None) -> str:
-        content = images.fingerprint if isinstance(images, ImageSet) else _rows(images)
+        content = images.fingerprint if isinstance(images, ImageSet) else images
         start = None if encoder is None else weights_fingerprint(encoder)
         judges = None if watched is None else [watched.images.fingerprint, watched.neighbors.fingerprint]
         return fingerprint(asdict(self), content, neighbors.fingerprint, start, judges)
@@ -279,10 +298,10 @@ class SCAN(ClusterMixin, BaseEstimator):
             warnings.warn(f"{told}. hint: raise entropy_weight, train longer, or look at the embeddings",
                           CollapseWarning, stacklevel=3)
 
-    def _open(self, images: ImageSet | Embeddings | np.ndarray, neighbors: Neighbors, encoder: nn.Module | None,
+    def _open(self, images: ImageSet | np.ndarray, neighbors: Neighbors, encoder: nn.Module | None,
               watched: Watched | None, device: Device) -> "_FromImages | _FromEmbeddings":
         if not isinstance(images, ImageSet) or encoder is None:
-            plain = torch.from_numpy(_rows(images)).to(device.device)
+            plain = torch.from_numpy(images).to(device.device)
             return _FromEmbeddings(plain, plain[None], neighbors, nn.Identity(), None, None)
         encoder = copy.deepcopy(encoder)
         if not self.cached_views:
@@ -398,10 +417,3 @@ class _FromEmbeddings:
 
     def whole(self, net: ClusterNet) -> ClusterNet:
         return ClusterNet(self.frozen, net.heads)
-
-
-def _rows(embeddings: Embeddings | np.ndarray | ImageSet) -> np.ndarray:
-    values = embeddings.values if isinstance(embeddings, Embeddings) else np.asarray(embeddings)
-    if values.ndim != 2 or not np.isfinite(values).all():
-        raise InputError(f"embeddings must be finite numbers (n_images, n_features), got shape {values.shape}")
-    return np.ascontiguousarray(values, dtype=np.float32)

@@ -30,7 +30,7 @@ from phyla.images.batches import Order
 from phyla.neighbors import find_neighbors
 from phyla.nets.heads import ClusterHeads, SpaceProjection
 from phyla.randomness import generator
-from phyla.spaces import Space, scaled, spaces_of
+from phyla.spaces import Space, head_probabilities, scaled, spaces_of
 from phyla.storage import fingerprint
 from phyla.training.device import Device, choose_device
 from phyla.training.loop import Loop, Step
@@ -43,7 +43,7 @@ log = logging.getLogger("phyla")
 EPSILON = 1e-8
 """Floor of a cluster's share inside a logarithm, SCAN's value."""
 
-_ROWS = 1 << 14  # rows assigned at once
+_ROWS = 1 << 14  # rows at once
 
 
 class TemiLoss(NamedTuple):
@@ -193,6 +193,7 @@ class TEMI(ClusterMixin, BaseEstimator):
     n_epochs, batch_size : every image is an anchor once an epoch; a short last batch is left out
     n_steps : train for about as many steps instead, in whole epochs and two at least, of which the learning rate rises
         in a tenth: ``n_epochs`` and ``warmup_epochs`` then say nothing. None: as they say
+    keep_heads : leave ``head_probabilities_``, too: what every head makes of the images
     random_state : seed of heads, order and neighbors drawn; None draws one
 
     Attributes
@@ -200,6 +201,7 @@ class TEMI(ClusterMixin, BaseEstimator):
     labels_ : int64 (n_images,)
     probabilities_ : float32 (n_images, n_clusters)
     head_, head_losses_, score_ : which head was kept, the loss of each in the last epoch, and its own
+    head_probabilities_ : float16 (n_heads, n_images, n_clusters), with ``keep_heads``
     history_ : a record an epoch
     """
 
@@ -222,6 +224,7 @@ class TEMI(ClusterMixin, BaseEstimator):
     n_epochs: int = 100
     batch_size: int = 1024
     n_steps: int | None = None
+    keep_heads: bool = False
     random_state: int | None = 0
 
     @classmethod
@@ -305,7 +308,10 @@ class TEMI(ClusterMixin, BaseEstimator):
         self.head_ = int(self.head_losses_.argmin())
         self.score_ = float(self.head_losses_[self.head_])
         self._keep(entry, student, basis)
-        self.probabilities_ = self._assign(spaces)
+        if self.keep_heads:
+            self.head_probabilities_ = self._of_heads(student, rows)
+        self.n_features_in_ = self._projection.n_features
+        self.probabilities_ = head_probabilities(spaces, self._projection, self._heads)
         self.labels_ = self.probabilities_.argmax(axis=1).astype(np.int64)
         self._tell()
         return self
@@ -313,12 +319,7 @@ class TEMI(ClusterMixin, BaseEstimator):
     def predict_proba(self, embeddings: Space) -> np.ndarray:
         """Return the probabilities of new images, float32 (n_images, K)."""
         check_is_fitted(self)
-        spaces = spaces_of(embeddings)
-        widths = tuple(each.shape[1] for each in spaces)
-        if widths != self._projection.widths:
-            raise InputError(f"embeddings of {widths} features do not fit the {self._projection.widths} of the fit",
-                             "embed with the encoders of the fit")
-        return self._assign(spaces)
+        return head_probabilities(embeddings, self._projection, self._heads)
 
     def predict(self, embeddings: Space) -> np.ndarray:
         """Return the cluster of new images, int64 (n_images,)."""
@@ -406,13 +407,11 @@ class TEMI(ClusterMixin, BaseEstimator):
             held.data = found.detach().clone()
         self._projection, self._heads = projection.eval(), head.eval()
 
-    def _assign(self, spaces: list[np.ndarray]) -> np.ndarray:
-        found = np.empty((len(spaces[0]), self.n_clusters), np.float32)
-        for start in range(0, len(found), _ROWS):
-            part = np.concatenate([each[start : start + _ROWS] for each in spaces], axis=1, dtype=np.float32)
-            with torch.no_grad():
-                rows = self._projection(torch.from_numpy(part).to(self._heads.weight.device))
-                found[start : start + _ROWS] = self._heads.probabilities(rows)[:, 0].cpu().numpy()
+    def _of_heads(self, student: TemiHeads, rows: Tensor) -> np.ndarray:
+        found = np.empty((self.n_heads, len(rows), self.n_clusters), np.float16)
+        with torch.no_grad():
+            for start in range(0, len(rows), _ROWS):
+                found[:, start : start + _ROWS] = student(rows[start : start + _ROWS]).softmax(dim=2).cpu().numpy()
         return found
 
     def _tell(self) -> None:

@@ -226,14 +226,14 @@ def read_columns(path: Path, *columns: Sequence[str]) -> list[tuple[str, ...]]:
     return [tuple(row[i] if i is not None and i < len(row) else "" for i in found) for row in rows]
 
 
-def default_size(files: Sequence[ImageFile]) -> int:
-    """Return a size that suits the files: the median shorter side of a sample, in eights, from 16 to 96."""
+def default_size(files: Sequence[ImageFile], *, largest: int = _LARGEST_DEFAULT) -> int:
+    """Return a size that suits the files: the median shorter side of a sample, in eights, from 16 to ``largest``."""
     chosen = np.linspace(0, len(files) - 1, min(_SAMPLED, len(files))).round().astype(int)
     sides = [side for i in chosen.tolist() if (side := shorter_side(files[i].path))]
     if not sides:  # damaged ones may cluster where the sample fell
         sides = list(islice((side for file in files if (side := shorter_side(file.path))), 1))
-    middle = int(np.median(sides)) if sides else _LARGEST_DEFAULT
-    return max(_SMALLEST_DEFAULT, min(_LARGEST_DEFAULT, middle) // 8 * 8)
+    middle = int(np.median(sides)) if sides else largest
+    return max(_SMALLEST_DEFAULT, middle // 8 * 8) if middle < largest else largest
 
 
 # ── decoding ──────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -12,6 +12,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -39,6 +40,9 @@ MEMORY_BYTES = 4 << 30
 
 FILE_BYTES = 100 << 30
 """Pixels that need more than this, or than half of the free disk, are not kept unless asked for."""
+
+SHARED_BYTES = 20 << 30
+"""Pixels in the cache folder, which all runs share: above this, those that were longest not used go."""
 
 NOTE_SECONDS = 2.0
 """How often a reading notes where it is: what a kill costs at most."""
@@ -103,6 +107,27 @@ def how_kept(keep: Keep, n_bytes: int, folder: Path | None) -> Keep:
     return "file" if n_bytes <= min(FILE_BYTES, _room(_place(folder))) else "off"
 
 
+def shared_folder() -> Path:
+    """Return the folder in which pixels are kept that all runs share."""
+    return cache_folder().absolute() / "pixels"
+
+
+def _trim(newest: Path) -> None:
+    """Delete what was longest not used of the other files beside ``newest``, as far as they are too many bytes."""
+    told = sorted(newest.parent.glob("*.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+    room = SHARED_BYTES - newest.stat().st_size
+    for note in told:
+        file = note.with_suffix(".npy")
+        if file == newest or not file.exists() or is_claimed(_beside(file, "lock")):
+            continue
+        room -= file.stat().st_size
+        if room < 0:
+            _log.info("deleting %s, pixels of images that were not asked for of late", file)
+            with suppress(OSError):  # on Windows, what another process reads stays
+                file.unlink()
+                note.unlink(missing_ok=True)
+
+
 def _room(folder: Path) -> int:
     there = next(place for place in (folder, *folder.parents) if place.is_dir())
     # What was read before a stop fills the disk already: the answer must not be another one now.
@@ -111,7 +136,7 @@ def _room(folder: Path) -> int:
 
 
 def _place(folder: Path | None) -> Path:
-    return Path(folder).expanduser().absolute() if folder is not None else cache_folder().absolute() / "pixels"
+    return Path(folder).expanduser().absolute() if folder is not None else shared_folder()
 
 
 def kept_file(folder: Path | None, name: str, shape: tuple[int, int, int], what: object) -> Path:
@@ -161,11 +186,15 @@ def gather(source: Source, file: Path | None = None) -> Loaded:
         return Loaded(ImageSet(pixels[: len(ids)], ids, source.name), tuple(read.skipped))
     with claimed(_beside(file, "lock")):
         if kept := reopened(file, source.name):  # from before, or by another process while this one waited
+            if kept.images.digest is not None:  # a later time would vouch for pixels that somebody has changed
+                file.with_suffix(".json").touch()  # used now
             report_skipped(kept.skipped, strict=source.strict)
             return kept
         ids, read = _grown(source, file, writes=True)
         write_json(file.with_suffix(".json"), {"ids": ids, "digest": read.digest, "skipped": read.skipped})
         _beside(file, "note").unlink(missing_ok=True)
+    if file.parent == shared_folder():
+        _trim(file)
     if kept := reopened(file, source.name):
         return kept
     raise CorruptFileError(f"{file} cannot be read back", "delete it and give the command again")

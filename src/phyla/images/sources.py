@@ -29,14 +29,14 @@ _ROWS = 1024  # images of an array that are resized and copied in one go
 
 def open_images(source: str | Path, *, split: str = "train", size: int | None = None, data_dir: Path | None = None,
                 limit: int | None = None, strict: bool = False, download: bool = True,
-                cache: Path | None = None, keep: Keep = "auto") -> Loaded:
+                cache: Path | None = None, keep: Keep = "auto", largest: int = 96) -> Loaded:
     """Return the images of a data set, folder, list file (.txt, .csv, .tsv) or array file (.npy, .npz).
 
     Parameters
     ----------
     source : a data set's name, or a path; a folder that is called like a data set is meant by ``./name``
     split : which part of a data set; files have none
-    size : height and width in pixels; None keeps that of a data set or array, and chooses 16 to 96 to suit files
+    size : height and width in pixels; None keeps that of a data set or array, and chooses what suits files
     data_dir : where data sets lie or are put; None for ``$PHYLA_DATA`` or the cache folder
     limit : at most so many images, evenly spaced over all of them
     strict : stop at the first file that cannot be read instead of leaving it out
@@ -45,6 +45,7 @@ def open_images(source: str | Path, *, split: str = "train", size: int | None = 
     keep : the pixels of files in memory, in a file, or not at all (off: decoded whenever they are asked for); auto is
         a file where ``cache`` is given, memory up to 4 GB where it is not, a file above, and off where that would take
         more than 100 GB or half of the free disk
+    largest : the size that is chosen for files at most; 16 at least
 
     Raises
     ------
@@ -68,7 +69,7 @@ def open_images(source: str | Path, *, split: str = "train", size: int | None = 
     if path.is_file() and path.suffix.lower() in SUFFIXES:
         raise InputError(f"{path} is one image, and classes are found among many",
                          f"give its folder, {path.parent}, or a list of files")
-    return _open_files(walk(path), path.resolve().name or str(path), size, limit, strict, cache, keep)
+    return _open_files(walk(path), path.resolve().name or str(path), size, limit, strict, cache, keep, largest)
 
 
 def evenly(n: int, limit: int | None) -> np.ndarray:
@@ -91,11 +92,11 @@ def _existing(source: str | Path) -> Path:
 
 
 def _open_files(files: Iterable[ImageFile], name: str, size: int | None, limit: int | None, strict: bool,
-                cache: Path | None, keep: Keep) -> Loaded:
+                cache: Path | None, keep: Keep, largest: int = 96) -> Loaded:
     packed = FileList(files)
     if limit is not None:
         packed = FileList(packed[row] for row in evenly(len(packed), limit).tolist())
-    size = size or default_size(packed)
+    size = size or default_size(packed, largest=largest)
 
     def chunks(start: int) -> Iterator[Chunk]:
         return stream_images((packed[row] for row in range(start, len(packed))), size=size, strict=strict)

@@ -2,10 +2,11 @@
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from phyla.nets.resnet import Ensemble, ResNet, TwoStream
 
 Norm = Literal["feature_rows", "class_columns"]
 Activation = Literal["gelu", "relu"]
+
+_ROWS = 1 << 14  # embeddings at once
 
 
 class Projection(nn.Sequential):
@@ -393,6 +396,23 @@ class ClusterNet(nn.Module):
     def probabilities(self, views: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch heads clusters"]:
         """Return the softmax of every head in float32 or better, images first."""
         return self.heads.probabilities(self.embed(views))
+
+    def of_embeddings(self, embeddings: np.ndarray) -> np.ndarray:
+        """Return the probabilities of embeddings (n, D) that were made before, float32 (n, n_clusters); one head."""
+        return self._over(embeddings, lambda rows: self.heads.probabilities(self._projected(rows))[:, 0])
+
+    def seen(self, embeddings: np.ndarray) -> np.ndarray:
+        """Return what the heads see of embeddings (n, D) that were made before, float32 (n, n_projection)."""
+        return self._over(embeddings, self._projected)
+
+    def _projected(self, rows: Tensor) -> Tensor:
+        return rows if self.projection is None else self.projection(rows)
+
+    def _over(self, embeddings: np.ndarray, function: Callable[[Tensor], Tensor]) -> np.ndarray:
+        with torch.no_grad():
+            parts = [function(torch.from_numpy(embeddings[start : start + _ROWS]).to(self.heads.weight.device))
+                     for start in range(0, len(embeddings), _ROWS)]
+        return torch.cat(parts).float().cpu().numpy()
 
     def only(self, head: int) -> "ClusterNet":
         """Return a copy with one head; encoder and projection are copied too."""
