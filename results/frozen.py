@@ -40,7 +40,7 @@ SETS = {"cifar10": ("cifar10", "test", "auto"), "stl10": ("stl10", "train", "aut
 """What is opened, which split, and where its labels are from: 10,000, 5,000, 10,000, 10,000 and 1,120 images."""
 
 ENCODERS = ("lite0", "mobilenetv2", "lite0,mobilenetv2")
-METHODS = ("kmeans", "spherical", "temi", "turtle", "scan", "nnm", "consensus")
+METHODS = ("kmeans", "spherical", "turtle", "scan", "nnm", "consensus")
 SEEDS = (0, 1, 2)
 SHOWN = 160  # pixels at which the encoders are shown the images, fewer than their own 224: twice as fast
 TITLES = {"kmeans": "k-means", "spherical": "spherical k-means", "temi": "TEMI", "turtle": "TURTLE", "scan": "SCAN",
@@ -51,12 +51,12 @@ Fitted = tuple[np.ndarray, float]
 
 
 def main() -> None:
-    """Measure what is asked for, and write a file for each set and encoder whose fits are all there."""
+    """Measure what is asked for, and write a file for each set and encoder: the methods whose seeds are all there."""
     asked = _arguments()
     for name in asked.sets:
         for encoder in asked.encoders:
             fits = measure(name, encoder, [] if asked.only_embed else asked.methods, asked.data, asked.work)
-            if fits:
+            if fits["methods"]:
                 print(write(name, encoder, fits), flush=True)
 
 
@@ -79,17 +79,18 @@ def measure(name: str, encoder: str, methods: list[str], data: Path, work: Path)
             path.write_text(json.dumps(rows), encoding="utf-8")
     fits = {f"{method}/{seed}": json.loads(path.read_text(encoding="utf-8")) for method in METHODS for seed in SEEDS
             if (path := work / f"{name}-{encoder}-{method}-{seed}.json").exists()}
-    complete = all(f"{method}/{seed}" in fits for method in METHODS for seed in SEEDS)
-    return told | {"n_images": len(true), "n_clusters": n_clusters, "size": SHOWN, "fits": fits} if complete else {}
+    whole = [method for method in METHODS if all(f"{method}/{seed}" in fits for seed in SEEDS)]
+    fits = {key: fit for key, fit in fits.items() if key.split("/")[0] in whole}
+    return told | {"n_images": len(true), "n_clusters": n_clusters, "size": SHOWN, "methods": whole, "fits": fits}
 
 
 def write(name: str, encoder: str, told: dict[str, Any]) -> Path:
     """Write results/frozen/NAME-ENCODER.json: for each method the values of every seed."""
-    by_seed = [{title: row for method in METHODS for title, row in told["fits"][f"{method}/{seed}"].items()}
+    by_seed = [{title: row for method in told["methods"] for title, row in told["fits"][f"{method}/{seed}"].items()}
                for seed in SEEDS]
     rows = [{"method": title, "values": {key: [round(rows[title][key], 5) for rows in by_seed]
                                          for key in by_seed[0][title]}} for title in by_seed[0]]
-    result = {key: value for key, value in told.items() if key != "fits"} | {
+    result = {key: value for key, value in told.items() if key not in ("fits", "methods")} | {
         "set": name, "encoder": encoder, "seeds": list(SEEDS), "rows": rows,
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "device": f"CPU, {torch.get_num_threads()} threads, fp32",
@@ -125,7 +126,7 @@ def _embedded(name: str, encoder: str, data: Path, work: Path) -> tuple[Embeddin
 
 
 def _fit(method: str, n_clusters: int, seed: int, embeddings: Embeddings, neighbors: Neighbors) -> dict[str, Fitted]:
-    """Return the probabilities and seconds of a method; of a consensus those of its best member besides."""
+    """Return the probabilities and seconds of a method; of a consensus those of its best member and TEMI besides."""
     start = time.monotonic()
     pipeline = recipe("frozen-folder" if method == "consensus" else f"frozen-{method}")
     clusterer = _seeded(pipeline.cluster, n_clusters, seed)
@@ -138,8 +139,13 @@ def _fit(method: str, n_clusters: int, seed: int, embeddings: Embeddings, neighb
         return found
     consensus = _consensus(pipeline, seed)
     consensus.fit(embeddings, members=[each.astype(np.float32) for each in clusterer.members_], neighbors=neighbors)
-    return {TITLES["member"]: found[TITLES[method]],
-            TITLES["consensus"]: (consensus.probabilities_, time.monotonic() - start)}
+    whole = {TITLES["member"]: found[TITLES[method]],
+             TITLES["consensus"]: (consensus.probabilities_, time.monotonic() - start)}
+    temi = next((place for place, row in enumerate(clusterer.rows_) if row["method"] == "temi" and row["kept"]), None)
+    if temi is not None:  # what frozen-temi fits, with another seed
+        p = clusterer.members_[temi].astype(np.float32)
+        whole[TITLES["temi"]] = p / p.sum(axis=1, keepdims=True), clusterer.rows_[temi]["seconds"]
+    return whole
 
 
 def _consensus(pipeline: Pipeline, seed: int) -> Any:

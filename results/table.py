@@ -1,9 +1,9 @@
 """Collect finished runs into results/NAME.json, and write README's table from those files.
 
     python results/table.py collect scan-digits runs/seed-0 runs/seed-1 runs/seed-2
-    python results/table.py                    write the table into README.md
+    python results/table.py                    write the tables into README.md and docs/concepts/frozen-encoders.md
 
-A result is a mean and a spread over seeds, with the options, versions and machine that made it; never a best-of.
+What results/frozen.py measured of frozen encoders, in results/frozen/, has tables of its own. A result is a mean and a spread over seeds, with the options, versions and machine that made it; never a best-of.
 """
 
 import json
@@ -16,7 +16,17 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
 BEGIN, END = "<!-- results: begin (written by `make table`) -->", "<!-- results: end -->"
-SHOWN = {"hungarian_accuracy": "Hungarian accuracy", "nmi": "NMI", "ari": "ARI"}
+FROZEN_BEGIN = "<!-- frozen results: begin (written by `make table`) -->"
+MEASURED = HERE.parent / "docs" / "concepts" / "frozen-encoders.md"
+SCORES = {"hungarian_accuracy": "Hungarian accuracy", "nmi": "NMI", "ari": "ARI"}
+ORDER = {"cifar10": "CIFAR-10", "stl10": "STL-10", "cifar20": "CIFAR-20", "fashion-mnist": "Fashion-MNIST",
+         "clothing": "clothing"}
+METHODS = ("k-means", "spherical k-means", "TEMI", "TURTLE", "SCAN", "NNM", "best member", "consensus")
+ENCODERS = {"lite0,mobilenetv2": "EfficientNet-Lite0 and MobileNetV2 together", "lite0": "EfficientNet-Lite0",
+            "mobilenetv2": "MobileNetV2"}
+SHOWN = "lite0,mobilenetv2"
+FROZEN_SCORES = {"hungarian_accuracy": "Hungarian accuracy", "nmi": "NMI", "ari": "ARI",
+                 "expected_calibration_error": "expected calibration error", "seconds": "seconds, one thread"}
 KNN = re.compile(r"knn_accuracy_(\d+)(_memory|_recomputed)?")
 BANKS = {None: "the embeddings", "_memory": "the memory bank", "_recomputed": "the memory bank, recomputed"}
 
@@ -46,8 +56,8 @@ def collect(name: str, runs: list[Path]) -> Path:
 def table() -> str:
     """Return the Markdown table of every results/*.json; a row that stands in several files is shown once."""
     seen: set[str] = set()
-    lines = ["| recipe | images | method | " + " | ".join(SHOWN.values()) + " | kNN accuracy | seeds |",
-             "| --- | --- | --- | " + "--- | " * len(SHOWN) + "--- | --- |"]
+    lines = ["| recipe | images | method | " + " | ".join(SCORES.values()) + " | kNN accuracy | seeds |",
+             "| --- | --- | --- | " + "--- | " * len(SCORES) + "--- | --- |"]
     for path in sorted(HERE.glob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
         for row in result["rows"]:
@@ -63,23 +73,48 @@ def _lines(row: dict[str, Any]) -> list[list[str]]:
     """Return the cells of a row of scores: one line of an assignment, one of each kNN probe of an encoder."""
     values = row["values"]
     if "hungarian_accuracy" in values:
-        return [[row["method"], *(_mean_and_spread(values[key]) for key in SHOWN), ""]]
+        return [[row["method"], *(_mean_and_spread(values[key]) for key in SCORES), ""]]
     probes = [(match, values[name]) for name in sorted(values) if (match := KNN.fullmatch(name))]
-    return [[f"{match[1]} nearest in {BANKS[match[2]]}", *[""] * len(SHOWN),
+    return [[f"{match[1]} nearest in {BANKS[match[2]]}", *[""] * len(SCORES),
              _mean_and_spread(found)] for match, found in probes]
 
 
-def write_readme() -> None:
-    """Put the table between README's two markers."""
-    text = README.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    README.write_text(f"{before}{BEGIN}\n{table()}\n{END}{after}", encoding="utf-8")
+def frozen_table(encoder: str, score: str = "hungarian_accuracy", *, digits: int = 3) -> str:
+    """Return the Markdown table of one score, a line a method and a column a data set, of results/frozen/*.json."""
+    held = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((HERE / "frozen").glob("*.json"))]
+    results = {result["set"]: result for result in held if result["encoder"] == encoder}
+    names = sorted(results, key=lambda name: list(ORDER).index(name))
+    rows = {name: {row["method"]: row["values"][score] for row in results[name]["rows"]} for name in names}
+    methods = [method for method in METHODS if any(method in row for row in rows.values())]
+    lines = ["| " + " | ".join(["method", *(ORDER[name] for name in names)]) + " |", "| --- " * (len(names) + 1) + "|"]
+    for method in methods:
+        cells = [_mean_and_spread(row[method], digits) if method in row else "" for row in rows.values()]
+        lines.append("| " + " | ".join([method, *cells]) + " |")
+    return "\n".join(lines)
 
 
-def _mean_and_spread(values: list[float]) -> str:
-    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.3f}{spread}"
+def frozen_tables() -> str:
+    """Return the tables of every encoder: accuracy, the other scores, and seconds."""
+    parts = []
+    for encoder, title in ENCODERS.items():
+        for score, name in FROZEN_SCORES.items():
+            digits = 0 if score == "seconds" else 3
+            parts.append(f"**{title}**: {name}\n\n{frozen_table(encoder, score, digits=digits)}")
+    return "\n\n".join(parts)
+
+
+def write_tables() -> None:
+    """Put the tables between the markers of README and of the page of frozen encoders."""
+    for path, begin, end, text in ((README, BEGIN, END, table()), (README, FROZEN_BEGIN, END, frozen_table(SHOWN)),
+                                   (MEASURED, FROZEN_BEGIN, END, frozen_tables())):
+        before, _, rest = path.read_text(encoding="utf-8").partition(begin)
+        _, _, after = rest.partition(end)
+        path.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
+
+
+def _mean_and_spread(values: list[float], digits: int = 3) -> str:
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{spread}"
 
 
 def _without_seed(options: object) -> object:
@@ -93,4 +128,4 @@ if __name__ == "__main__":
         print(collect(sys.argv[2], [Path(run) for run in sys.argv[3:]]))
     elif sys.argv[1:]:
         raise SystemExit(__doc__)
-    write_readme()
+    write_tables()

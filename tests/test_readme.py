@@ -21,6 +21,22 @@ def test_the_table_is_written_from_the_results():
     assert f"{module.BEGIN}\n{module.table()}\n{module.END}" in text
 
 
+def test_the_tables_of_frozen_encoders_are_written_from_the_results():
+    module = _table()
+    for path, text in ((module.README, module.frozen_table(module.SHOWN)), (module.MEASURED, module.frozen_tables())):
+        assert f"{module.FROZEN_BEGIN}\n{text}\n{module.END}" in path.read_text(encoding="utf-8")
+
+
+def test_results_of_frozen_encoders_hold_three_seeds_of_every_method():
+    found = sorted((ROOT / "results" / "frozen").glob("*.json"))
+    assert found
+    for path in found:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        assert len(set(result["seeds"])) == 3 and result["rows"], path.name
+        assert {"versions", "machine", "device", "set", "encoder", "n_images"} <= set(result)
+        assert all(len(values) == 3 for row in result["rows"] for values in row["values"].values())
+
+
 def test_results_hold_several_seeds_and_what_made_them():
     found = sorted((ROOT / "results").glob("*.json"))
     assert found

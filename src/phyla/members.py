@@ -5,6 +5,7 @@ In: embeddings (n, d) in one space or several, and neighbors. Out: ``members_`` 
 """
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -45,7 +46,8 @@ class Members(ClusterMixin, BaseEstimator):
     ----------
     n_clusters : of every member
     methods : kmeans, spherical (k-means whose centers have length 1), temi, turtle, scan, nnm
-    n_each : members of each method in each space: seeds, or heads that are trained side by side
+    n_each : members of each method in each space: seeds, or heads that are trained side by side; of TURTLE, whose
+        tries are cheap and differ much, 8 for every 3
     spaces : together: all encoders' embeddings side by side; each+together: each encoder's by themselves as well
     n_neighbors : for the methods that take neighbors and are given none
     max_scored : images on which members are scored, at most
@@ -54,14 +56,15 @@ class Members(ClusterMixin, BaseEstimator):
     Attributes
     ----------
     members_ : float16 (n_members, n_images, n_clusters), probabilities
-    rows_ : of each member its method, space, number among those of one fit, and label-free generalization score
+    rows_ : of each member its method, space, number among those of one fit, label-free generalization score, whether
+        it is the one that the method itself keeps of the fit, and the seconds of the fit
     best_ : the member with the highest score among those that see all spaces; its result is ``labels_`` (n_images,) and
         ``probabilities_`` float32 (n_images, n_clusters)
     """
 
     n_clusters: int = 10
-    methods: tuple[Method, ...] = ("kmeans", "turtle", "temi")
-    n_each: int = 4
+    methods: tuple[Method, ...] = ("turtle", "temi")
+    n_each: int = 3
     spaces: Spaces = "together"
     n_neighbors: int = 50
     max_scored: int = 10_000
@@ -111,7 +114,8 @@ class Members(ClusterMixin, BaseEstimator):
         for fit in fits:
             for place in range(len(fit.probabilities)):
                 self.rows_.append({"method": fit.method, "space": fit.space, "number": place,
-                                   "score": round(float(scores[start + place]), 6)})
+                                   "score": round(float(scores[start + place]), 6), "kept": place == fit.kept,
+                                   "seconds": round(fit.seconds, 2)})
             if fit.space == "together":
                 whole[start + fit.kept] = fit.estimator
             start += len(fit.probabilities)
@@ -169,6 +173,7 @@ class _Fit:
     method: Method
     space: str
     probabilities: np.ndarray
+    seconds: float
     kept: int = 0
 
 
@@ -176,7 +181,7 @@ _MAKERS: Mapping[Method, Callable[[int, int, int], Estimator]] = {
     "kmeans": lambda k, seed, n: KMeans(n_clusters=k, n_init=1, random_state=seed),
     "spherical": lambda k, seed, n: KMeans(n_clusters=k, n_init=1, spherical=True, random_state=seed),
     "temi": lambda k, seed, n: replace(TEMI.quick(k, random_state=seed), n_heads=n, keep_heads=True),
-    "turtle": lambda k, seed, n: replace(TURTLE.quick(k, random_state=seed), n_tries=n),
+    "turtle": lambda k, seed, n: replace(TURTLE.quick(k, random_state=seed), n_tries=8 * n // 3),
     "scan": lambda k, seed, n: SCAN(n_clusters=k, update="heads", random_state=seed),
     "nnm": lambda k, seed, n: NNM(n_clusters=k, update="heads", random_state=seed),
 }
@@ -187,20 +192,21 @@ _NEIGHBORLY = ("temi", "scan", "nnm")
 
 def _fitted(estimator: Estimator, method: Method, space: str, spaces: Sequence[np.ndarray],
             neighbors: Neighbors | None, device: Device | None) -> _Fit:
-    given = list(spaces)
+    given, start = list(spaces), time.monotonic()
     if isinstance(estimator, KMeans):
         estimator.fit(given)
     elif isinstance(estimator, TURTLE):
         estimator.fit(given, device=device)
     else:
         estimator.fit(given, neighbors=neighbors, device=device)
+    seconds = time.monotonic() - start
     if isinstance(estimator, TEMI):
-        return _Fit(estimator, method, space, estimator.head_probabilities_, estimator.head_)
+        return _Fit(estimator, method, space, estimator.head_probabilities_, seconds, estimator.head_)
     if isinstance(estimator, TURTLE):
         found = np.eye(estimator.n_clusters, dtype=np.float16)[estimator.all_labels_]
         found[estimator.try_] = estimator.probabilities_
-        return _Fit(estimator, method, space, found, estimator.try_)
-    return _Fit(estimator, method, space, estimator.probabilities_[None].astype(np.float16))
+        return _Fit(estimator, method, space, found, seconds, estimator.try_)
+    return _Fit(estimator, method, space, estimator.probabilities_[None].astype(np.float16), seconds)
 
 
 @contextmanager
