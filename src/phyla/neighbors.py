@@ -125,11 +125,19 @@ def check_embeddings(values: Embeddings | np.ndarray) -> np.ndarray:
     InputError
         Another shape, no rows, a dtype that is no real number, or NaN or infinity: names the first such row.
     """
+    if hasattr(values, "toarray"):
+        raise InputError("embeddings must be dense, and these are sparse", "take values.toarray()")
     array = values.values if isinstance(values, Embeddings) else np.asarray(values)
+    # The hints have the words that scikit-learn's checks of an estimator look for.
     if array.ndim != 2 or 0 in array.shape:
-        raise InputError(f"embeddings must be (n_images, n_features) with at least one of each, got {array.shape}")
+        hint = "Reshape your data: one image is values.reshape(1, -1)" if array.ndim == 1 else None
+        if array.ndim == 2 and not array.shape[1]:
+            hint = f"these have 0 feature(s) (shape={array.shape}) while a minimum of 1 is required."
+        raise InputError(f"embeddings must be (n_images, n_features) with at least one of each, got {array.shape}",
+                         hint)
     if array.dtype.kind not in "fiu":
-        raise InputError(f"embeddings must be real numbers, got {array.dtype}")
+        hint = "Complex data not supported: take the real part" if array.dtype.kind == "c" else None
+        raise InputError(f"embeddings must be real numbers, got {array.dtype}", hint)
     broken = np.concatenate([~np.isfinite(array[start : start + _CHUNK]).all(axis=1)
                              for start in range(0, len(array), _CHUNK)])
     if broken.any():

@@ -36,7 +36,7 @@ def spaces_of(embeddings: Space) -> list[np.ndarray]:
     if isinstance(embeddings, Embeddings) and embeddings.widths:
         rows = _floats(check_embeddings(embeddings))
         return np.split(rows, np.cumsum(embeddings.widths)[:-1], axis=1)
-    if isinstance(embeddings, Embeddings | np.ndarray) or not all(isinstance(each, np.ndarray) for each in embeddings):
+    if not isinstance(embeddings, list | tuple) or not all(isinstance(each, np.ndarray) for each in embeddings):
         return [_floats(check_embeddings(embeddings))]  # type: ignore[arg-type]
     if not len(embeddings):
         raise InputError("there is no embedding space", "give one array (n_images, n_features) a space")

@@ -208,6 +208,13 @@ def test_anchors_come_with_one_of_their_neighbors(monkeypatch):
     assert columns.mean(axis=0) == pytest.approx([1 / 3] * 3, abs=0.05)
 
 
+def test_neighbors_found_are_at_most_half_of_an_even_cluster():
+    rows, _ = blobs()
+    once = tiny(n_neighbors=50).fit(rows)
+    again = tiny(n_neighbors=50).fit(rows, neighbors=find_neighbors(rows, 10))
+    assert np.array_equal(once.probabilities_, again.probabilities_)
+
+
 def test_learning_rate_follows_the_batch_and_rises_at_the_start():
     fitted = tiny(n_epochs=4, warmup_epochs=2, batch_size=60, lr=0.01).fit(blobs()[0])
     rates = [record["lr"] for record in fitted.history_]

@@ -185,7 +185,7 @@ class TEMI(ClusterMixin, BaseEstimator):
     hidden : features after the two hidden layers of a head
     n_components : train on this many principal components of the embeddings, which is much faster and hardly another
         result; the head that comes out takes the embeddings all the same. None: on all features, as published
-    n_neighbors : found by cosine where none are given, or as many as there are; 50, for ImageNet 25
+    n_neighbors : found by cosine where none are given, 50, for ImageNet 25; at most half of what an even cluster holds
     lr : of 256 images a step, and in proportion for others; constant after the warm-up
     warmup_epochs : over which the learning rate rises
     frozen_epochs : in which the prototypes do not move
@@ -364,7 +364,9 @@ class TEMI(ClusterMixin, BaseEstimator):
         return temi_loss(student, teacher, beta=self.beta, marginal=marginal, weights=weights)
 
     def _find_neighbors(self, spaces: list[np.ndarray], device: Device) -> Neighbors:
-        return find_neighbors(scaled(spaces), min(self.n_neighbors, len(spaces[0]) - 1), device=device.device)
+        n_images = len(spaces[0])
+        k = min(self.n_neighbors, max(1, n_images // (2 * self.n_clusters)), n_images - 1)
+        return find_neighbors(scaled(spaces), k, device=device.device)
 
     def _entry(self, spaces: list[np.ndarray]) -> SpaceProjection:
         """Return what is done to the embeddings before the first layer."""

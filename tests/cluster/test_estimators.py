@@ -1,0 +1,54 @@
+"""scikit-learn's own checks of an estimator, on every clusterer of embeddings."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from sklearn.base import BaseEstimator, clone
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+from phyla.cluster.kmeans import KMeans
+from phyla.cluster.nnm import NNM
+from phyla.cluster.scan import SCAN
+from phyla.cluster.temi import TEMI
+from phyla.errors import InputError
+
+pytestmark = [pytest.mark.usefixtures("warm", "unchecked"),
+              pytest.mark.filterwarnings("ignore::phyla.errors.CollapseWarning")]
+
+CLUSTERERS = (
+    KMeans(n_clusters=3),
+    KMeans(n_clusters=3, spherical=True),
+    TEMI(n_clusters=3, n_heads=4, hidden=(32, 16), n_steps=100, batch_size=64, lr=0.005, teacher_momentum=0.9),
+    SCAN(n_clusters=3, n_epochs=10, lr=0.05, normalize=True),
+    NNM(n_clusters=3, n_heads=2, n_epochs=10, lr=0.05, normalize=True),
+)
+
+DO_NOT_APPLY = {
+    "check_n_features_in_after_fitting": "refused, in words that count the features of each space",
+    "check_dtype_object": "embeddings are numbers; an array of objects is refused even where these are numbers",
+    "check_fit2d_1sample": "one row is refused, in words that speak of images",
+}
+"""Checks that ask for what is not meant to be, and why."""
+
+
+def those_that_do_not_apply(estimator: BaseEstimator) -> dict[str, str]:
+    one_row_is_enough = {"check_fit2d_1sample"} if isinstance(estimator, KMeans) else set()
+    return {name: why for name, why in DO_NOT_APPLY.items() if name not in one_row_is_enough}
+
+
+@parametrize_with_checks(list(CLUSTERERS), expected_failed_checks=those_that_do_not_apply)
+def test_scikit_learns_check(estimator: BaseEstimator, check: Callable[[BaseEstimator], None]) -> None:
+    check(estimator)
+
+
+@pytest.mark.parametrize("estimator", CLUSTERERS, ids=lambda estimator: type(estimator).__name__)
+def test_what_does_not_apply_is_refused_in_words_of_our_own(estimator):
+    rows = np.random.default_rng(0).normal(size=(30, 4))
+    with pytest.raises(InputError, match="embeddings must be real numbers, got object"):
+        clone(estimator).fit(rows.astype(object))
+    with pytest.raises(InputError, match=r"embeddings of 3 features do not fit (centers|heads) of 4"):
+        clone(estimator).fit(rows).predict(rows[:, :3])
+    if not isinstance(estimator, KMeans):
+        with pytest.raises(InputError, match="needs at least 2 images, got 1"):
+            clone(estimator).set_params(n_clusters=1).fit(rows[:1])
