@@ -5,9 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from phyla.counting import ClassCount, before_loss, count_classes, highest, last_above, nearly_highest
+from phyla.counting import ClassCount, before_loss, count_classes, highest, last_above
 from phyla.errors import InputError
 from phyla.neighbors import find_neighbors
+from phyla.spaces import scaled
 from phyla.types import Embeddings
 
 
@@ -45,7 +46,7 @@ def test_a_seed_gives_one_answer_and_several_spaces_and_neighbors_are_taken():
     rows = blobs(4, 160)
     embeddings = Embeddings(np.hstack([rows, 100 * rows[:, ::-1]]).astype(np.float32), [str(i) for i in range(160)],
                             widths=(24, 24))
-    neighbors = find_neighbors(embeddings, 10)
+    neighbors = find_neighbors(Embeddings(scaled(embeddings, center=True), embeddings.ids), 25)
     first, second = (count_classes(each, high=12, n_repeats=1, neighbors=neighbors)
                      for each in (embeddings, [embeddings.values[:, :24], embeddings.values[:, 24:]]))
     assert first.n_classes == second.n_classes == 4
@@ -108,8 +109,6 @@ GRID = np.array([2, 3, 4, 6, 8])
     (last_above, [0.5, 0.6, 0.4, 0.3, 0.2], 3),
     (before_loss, [0.99, 0.98, 0.96, 0.90, 0.97], 4),
     (before_loss, [0.90, 0.99, 0.98, 0.97, 0.96], 8),
-    (nearly_highest, [0.2, 0.5, 0.69, 0.7, 0.6], 4),
-    (nearly_highest, [-0.2, -0.1, -0.3, 0.0, -0.5], 2),
 ])
 def test_picks_from_a_curve(pick, curve, expected):
     assert pick(GRID, np.array(curve)) == expected

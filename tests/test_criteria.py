@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from phyla.criteria import generalization, modularity, prediction_strength, silhouette
-from phyla.randomness import generator
 
 draws = np.random.default_rng(0)
 ROWS, LABELS = draws.normal(size=(30, 3)), draws.integers(4, size=30)
@@ -65,6 +64,7 @@ def test_silhouette_of_an_image_alone_is_0_and_of_one_cluster_too():
 def test_modularity_is_the_sum_over_pairs():
     indices = np.stack([draws.permutation([j for j in range(30) if j != i])[:4] for i in range(30)])
     assert modularity(LABELS, indices) == pytest.approx(naive_modularity(LABELS, indices), abs=1e-12)
+    assert modularity(LABELS, indices, np.arange(30)) == modularity(LABELS, indices)
 
 
 def test_modularity_of_apart_groups_and_of_one():
@@ -72,6 +72,7 @@ def test_modularity_of_apart_groups_and_of_one():
     indices = np.array([[1, 2], [0, 2], [0, 1], [4, 5], [3, 5], [3, 4]])
     assert modularity(groups, indices) == pytest.approx(0.5)
     assert modularity(np.zeros(6, np.int64), indices) == pytest.approx(0.0)
+    assert modularity(groups, indices, np.array([0, 1, 3, 4])) == pytest.approx(0.5)
 
 
 def test_strength_is_the_share_of_pairs_that_come_again():
@@ -88,22 +89,21 @@ def test_strength_of_the_same_is_1_however_numbered_and_of_chance_0():
 
 
 def test_generalization_is_1_for_what_is_linear_and_0_for_chance():
-    rows = torch.from_numpy(draws.normal(size=(600, 4)))
-    linear, chance = (rows[:, 0] > 0).long(), torch.from_numpy(draws.integers(3, size=600))
-    together = generalization(rows, [linear, chance], draws=generator(0, "folds"))
+    rows, new = (torch.from_numpy(draws.normal(size=(600, 4))) for _ in range(2))
+    linear, chance = ([(each[:, 0] > 0).long() for each in (rows, new)],
+                      [torch.from_numpy(draws.integers(3, size=600)) for _ in range(2)])
+    together = generalization((rows, [linear[0], chance[0]]), (new, [linear[1], chance[1]]))
     assert together[0] > 0.9 and abs(together[1]) < 0.1
-    assert together == [generalization(rows, [one], draws=generator(0, "folds"))[0] for one in (linear, chance)]
+    assert together == [generalization((rows, [own]), (new, [other]))[0] for own, other in (linear, chance)]
 
 
-def test_generalization_is_ridge_regression_fold_by_fold():
-    rows, labels = torch.from_numpy(ROWS), torch.from_numpy(LABELS)
-    fold = torch.randperm(30, generator=generator(2, "folds")).numpy() % 5
+def test_generalization_is_ridge_regression():
+    seen, new = slice(0, 20), slice(20, 30)
     x = np.hstack([ROWS, np.ones((30, 1))])
-    told, strength = np.empty(30, int), 1e-3 * np.square(x).sum(axis=0).mean()
-    for at in range(5):
-        seen = fold != at
-        weights = np.linalg.solve(x[seen].T @ x[seen] + strength * np.eye(4), x[seen].T @ np.eye(4)[LABELS[seen]])
-        told[~seen] = (x[~seen] @ weights).argmax(axis=1)
-    chance = np.bincount(told, minlength=4) @ np.bincount(LABELS, minlength=4) / 900
-    expected = (np.mean(told == LABELS) - chance) / (1 - chance)
-    assert generalization(rows, [labels], draws=generator(2, "folds")) == [pytest.approx(expected)]
+    strength = 1e-3 * np.square(x[seen]).sum(axis=0).mean()
+    weights = np.linalg.solve(x[seen].T @ x[seen] + strength * np.eye(4), x[seen].T @ np.eye(4)[LABELS[seen]])
+    told = (x[new] @ weights).argmax(axis=1)
+    chance = np.bincount(told, minlength=4) @ np.bincount(LABELS[new], minlength=4) / 100
+    expected = (np.mean(told == LABELS[new]) - chance) / (1 - chance)
+    parts = [(torch.from_numpy(ROWS[part]), [torch.from_numpy(LABELS[part])]) for part in (seen, new)]
+    assert generalization(*parts) == [pytest.approx(expected)]

@@ -1,8 +1,8 @@
 """How many classes unlabelled images fall into: several criteria over a grid of numbers, a vote, and an interval.
 
-Embeddings are clustered for every number on a grid, from a tree over small clusters, on the whole set and on halves of
-it. Five criteria that rest on different things (``criteria.py``) each pick a number from each of these; the answer is
-the median of all picks, and the interval holds most of them.
+Halves of the images are clustered for every number on a grid, from a tree over small clusters, and judged on the other
+half. Five criteria that rest on different things (``criteria.py``) each pick a number, from the mean of the halves and
+from every half; the answer is the median of all picks, and the interval holds most of them.
 """
 
 import math
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from phyla.centers import Centers, WardTree, lloyd, nearest, rotated, small_clusters, ward
@@ -34,8 +34,7 @@ _NEIGHBORS = 20
 _MOST_IMAGES = 10_000
 _POINT = 1e-6  # a spread of rows of length 1 that is none
 _STABLE = 0.85  # Tibshirani and Walther 2005: clusters of which at least 80 to 90 % of the pairs come again
-_LOSS = 0.04  # of kappa, which a classifier may lose from its best
-_NEARLY = 0.98  # of the largest modularity, which rises slowly beyond the number of groups
+_LOSS = 0.06  # of kappa, which a classifier may lose from its best
 _SURE = (0.1, 0.9)  # what part of all votes the interval leaves out below and above
 _STRUCTURE = 1.25  # how many times that of one cloud a silhouette must be
 _EACH = 8  # images a class, on average, below which nothing can be told
@@ -88,19 +87,14 @@ def last_above(grid: np.ndarray, curve: np.ndarray) -> int:
 
 
 def before_loss(grid: np.ndarray, curve: np.ndarray) -> int:
-    """Return the last number before the curve first falls, after its top, by more than 0.04 below it."""
+    """Return the last number before the curve first falls, after its top, by more than 0.06 below it."""
     top = int(curve.argmax())
     lost = np.flatnonzero(curve[top:] < curve[top] - _LOSS)
     return int(grid[top + lost[0] - 1]) if len(lost) else int(grid[-1])
 
 
-def nearly_highest(grid: np.ndarray, curve: np.ndarray) -> int:
-    """Return the smallest number whose value is at least 98 % of the highest."""
-    return int(grid[np.flatnonzero(curve >= _NEARLY * curve.max())[0]]) if curve.max() > 0 else int(grid[0])
-
-
 PICKS: dict[str, Callable[[np.ndarray, np.ndarray], int]] = {
-    "silhouette": highest, "modularity": nearly_highest, "generalization": before_loss, "dendrogram": highest,
+    "silhouette": highest, "modularity": highest, "generalization": before_loss, "dendrogram": highest,
     "stability": last_above}
 """The criteria by name, and how each picks a number from its curve."""
 
@@ -117,7 +111,7 @@ def count_classes(embeddings: Space, *, low: int = 2, high: int | None = None, n
     ----------
     embeddings : of one encoder or several, (n_images, n_features) each
     low, high : the least and the most that may be answered; None: 100, or as many as have 8 images each
-    neighbors : of the same images, used where all of them are looked at; None: found here
+    neighbors : of the same images, if they are known and all are looked at; None: found here
     n_repeats : how often the images are halved, for stability and for the interval
     max_images : of more, so many are drawn
     random_state : seed of the draws
@@ -157,7 +151,9 @@ def count_classes(embeddings: Space, *, low: int = 2, high: int | None = None, n
     if length < _POINT:
         return _untold(low, len(values), "all embeddings are the same: there is one class, or none")
     known = neighbors.indices if neighbors is not None and len(taken) == len(values) == len(neighbors) else None
-    looks = _Looks(rows / length, known, n_repeats, random_state)
+    if known is None:
+        known = find_neighbors(rows.numpy(force=True), min(_NEIGHBORS, len(rows) - 1), device=where, title="").indices
+    looks = _Looks(rows / length, known[:, :_NEIGHBORS], n_repeats, random_state)
     if looks.n_distinct < can:
         notices.append(f"at most {looks.n_distinct} classes were tried: so few embeddings are distinct")
         can = max(low, 2, looks.n_distinct)
@@ -216,59 +212,47 @@ def _refined(grid: np.ndarray, picks: Sequence[int]) -> np.ndarray:
 class _Part:
     """Some rows with the tree over them: a clustering for every number of clusters, made when it is asked for."""
 
-    def __init__(self, rows: Float[Tensor, "images axes"], seed: int, indices: np.ndarray | None = None) -> None:
+    def __init__(self, rows: Float[Tensor, "images axes"], places: Int[Tensor, " some"], seed: int) -> None:
+        rows = rows[places]
         n_small = min(_SMALL, len(rows) // 2)
         small = small_clusters(rows, n_small, seed=seed)
         sizes = np.bincount(small.labels[0].numpy(force=True), minlength=n_small)
         centers = small.centers[0].numpy(force=True)
-        self.rows, self.seed, self.tree = rows, seed, ward(centers[sizes > 0], sizes[sizes > 0])
-        self._indices, self._made = indices, dict[int, Centers]()
+        self.rows, self.places, self.tree = rows, places.numpy(force=True), ward(centers[sizes > 0], sizes[sizes > 0])
+        self._made = dict[int, Centers]()
 
     def clustered(self, n_clusters: int) -> Centers:
-        """Return at most so many clusters: fewer where there are fewer distinct rows."""
+        """Return so many clusters."""
         if n_clusters not in self._made:
-            starts = self.tree.means(min(n_clusters, len(self.tree.sizes)))
-            self._made[n_clusters] = lloyd(self.rows, torch.from_numpy(starts).to(self.rows)[None])
+            starts = torch.from_numpy(self.tree.means(n_clusters)).to(self.rows)
+            self._made[n_clusters] = lloyd(self.rows, starts[None])
         return self._made[n_clusters]
 
-    def curves(self, grid: np.ndarray) -> dict[str, np.ndarray]:
-        """Return the criteria that need one set of rows."""
-        labellings = [self.clustered(n).labels[0] for n in grid.tolist()]
-        draws = generator(self.seed, "folds")
-        return {"silhouette": self.silhouettes(grid),
-                "modularity": np.array([modularity(labels.numpy(force=True), self.indices) for labels in labellings]),
-                "generalization": np.array(generalization(self.rows, labellings, draws=draws)),
-                "dendrogram": gaps(self.tree, grid)}
 
-    def silhouettes(self, grid: np.ndarray) -> np.ndarray:
-        return np.array([silhouette(self.rows, self.clustered(n).labels[0], n) for n in grid.tolist()])
-
-    @property
-    def indices(self) -> np.ndarray:
-        """The neighbors of each row, found once."""
-        if self._indices is None:
-            found = find_neighbors(self.rows.numpy(force=True), min(_NEIGHBORS, len(self.rows) - 1), title="")
-            self._indices = found.indices
-        return self._indices
+def _silhouettes(seen: _Part, new: _Part, grid: np.ndarray) -> np.ndarray:
+    return np.array([silhouette(new.rows, nearest(new.rows, seen.clustered(n).centers)[0][0], n)
+                     for n in grid.tolist()])
 
 
 class _Looks:
-    """The whole set and its halves, and what every criterion makes of them."""
+    """The images and their halves, and what every criterion makes of them."""
 
-    def __init__(self, rows: Float[Tensor, "images axes"], indices: np.ndarray | None, n_repeats: int,
-                 seed: int) -> None:
-        self.whole, self.seed = _Part(rows, seed, indices if indices is None else indices[:, :_NEIGHBORS]), seed
-        self.halves: list[tuple[_Part, _Part]] = []
-        for repeat in range(n_repeats):
-            order = torch.randperm(len(rows), generator=generator(seed, "halves", repeat)).to(rows.device)
-            own = derive_seed(seed, "half", repeat)
-            first, second = order.chunk(2)
-            self.halves.append((_Part(rows[first], own), _Part(rows[second], own)))
-        self._strengths: dict[tuple[int, int], float] = {}
+    def __init__(self, rows: Float[Tensor, "images axes"], indices: np.ndarray, n_repeats: int, seed: int) -> None:
+        self.rows, self.indices, self.seed = rows, indices, seed
+        self.tree = _Part(rows, torch.arange(len(rows), device=rows.device), seed).tree
+        self.halves = [_halved(rows, seed, repeat) for repeat in range(n_repeats)]
+        self._kept: tuple[list[int], list[dict[str, np.ndarray]], list[np.ndarray]] = ([], [], [])
+
+    @property
+    def n_distinct(self) -> int:
+        """As many clusters as every tree has."""
+        return min(len(tree.sizes) for tree in (self.tree, *(part.tree for pair in self.halves for part in pair)))
 
     def curves(self, grid: np.ndarray) -> dict[str, np.ndarray]:
-        """Return every criterion over the grid: of all rows, and stability as the mean over the repeats."""
-        return self.whole.curves(grid) | {"stability": np.mean(self._stability(grid), axis=0)}
+        """Return every criterion over the grid: the mean over the halves; the dendrogram of all images."""
+        parts, strengths = self._evaluated(grid)
+        mean = {name: np.mean([curves[name] for curves in parts], axis=0) for name in parts[0]}
+        return mean | {"dendrogram": gaps(self.tree, grid), "stability": np.mean(strengths, axis=0)}
 
     def picks(self, grid: np.ndarray) -> dict[str, int]:
         """Return what each criterion picks."""
@@ -276,36 +260,52 @@ class _Looks:
 
     def spread(self, grid: np.ndarray) -> dict[str, list[int]]:
         """Return what each criterion picks on every half, and stability in every repeat."""
-        halves = [part.curves(grid) for pair in self.halves for part in pair]
-        found = {name: [PICKS[name](grid, curves[name]) for curves in halves] for name in halves[0]}
-        return found | {"stability": [last_above(grid, curve) for curve in self._stability(grid)]}
+        parts, strengths = self._evaluated(grid)
+        found = {name: [PICKS[name](grid, curves[name]) for curves in parts] for name in parts[0]}
+        return found | {"stability": [last_above(grid, curve) for curve in strengths]}
 
-    def _stability(self, grid: np.ndarray) -> list[np.ndarray]:
-        return [np.array([self._strength(repeat, n) for n in grid.tolist()]) for repeat in range(len(self.halves))]
+    def _evaluated(self, grid: np.ndarray) -> tuple[list[dict[str, np.ndarray]], list[np.ndarray]]:
+        if self._kept[0] != grid.tolist():
+            parts = [self._judged(seen, new, grid) for pair in self.halves for seen, new in (pair, pair[::-1])]
+            self._kept = (grid.tolist(), parts, [self._strengths(*pair, grid) for pair in self.halves])
+        return self._kept[1:]
 
-    def _strength(self, repeat: int, n_clusters: int) -> float:
-        if (repeat, n_clusters) not in self._strengths:
-            first, second = (nearest(self.whole.rows, part.clustered(n_clusters).centers)[0][0].numpy(force=True)
-                             for part in self.halves[repeat])
-            self._strengths[repeat, n_clusters] = prediction_strength(first, second, n_clusters)
-        return self._strengths[repeat, n_clusters]
+    def _judged(self, seen: _Part, new: _Part, grid: np.ndarray) -> dict[str, np.ndarray]:
+        """Return the criteria of the clusters of ``seen``, at images of ``new`` by their nearest center."""
+        numbers = grid.tolist()
+        found = [self._labels(seen, n) for n in numbers]
+        fitted = [(part.rows, [labels[part.places] for labels in found]) for part in (seen, new)]
+        return {"silhouette": _silhouettes(seen, new, grid),
+                "modularity": np.array([modularity(labels.numpy(force=True), self.indices, new.places)
+                                        for labels in found]),
+                "generalization": np.array(generalization(*fitted)), "dendrogram": gaps(new.tree, grid)}
 
-    @property
-    def n_distinct(self) -> int:
-        """As many clusters as every tree has."""
-        return min(len(part.tree.sizes) for part in (self.whole, *(part for pair in self.halves for part in pair)))
+    def _strengths(self, first: _Part, second: _Part, grid: np.ndarray) -> np.ndarray:
+        one, other = ([self._labels(part, n).numpy(force=True) for n in grid.tolist()] for part in (first, second))
+        return np.array([prediction_strength(a, b, n) for a, b, n in zip(one, other, grid.tolist(), strict=True)])
+
+    def _labels(self, part: _Part, n_clusters: int) -> Int[Tensor, " images"]:
+        """Return the nearest of a half's centers for every image."""
+        return nearest(self.rows, part.clustered(n_clusters).centers)[0][0]
 
     def structure(self, grid: np.ndarray) -> float:
         """Return the most by which a clustering's silhouette is a multiple of that of a cloud without groups.
 
         The cloud has as much spread on every axis, and rows as long.
         """
-        rows = self.whole.rows
         draws = generator(self.seed, "one cloud")
-        cloud = torch.randn(rows.shape, generator=draws).to(rows) * rows.std(dim=0)
-        cloud *= (rows.norm(dim=1) / cloud.norm(dim=1).clamp(min=torch.finfo(rows.dtype).tiny))[:, None]
-        of_chance = _Part(cloud - cloud.mean(dim=0), self.seed).silhouettes(grid)
-        return float((self.whole.silhouettes(grid) / np.maximum(of_chance, _POINT)).max())
+        cloud = torch.randn(self.rows.shape, generator=draws).to(self.rows) * self.rows.std(dim=0)
+        tiny = torch.finfo(cloud.dtype).tiny
+        cloud *= (self.rows.norm(dim=1) / cloud.norm(dim=1).clamp(min=tiny))[:, None]
+        of_chance = _silhouettes(*_halved(cloud - cloud.mean(dim=0), self.seed, 0), grid)
+        return float((_silhouettes(*self.halves[0], grid) / np.maximum(of_chance, _POINT)).max())
+
+
+def _halved(rows: Float[Tensor, "images axes"], seed: int, repeat: int) -> tuple[_Part, _Part]:
+    order = torch.randperm(len(rows), generator=generator(seed, "halves", repeat)).to(rows.device)
+    own = derive_seed(seed, "half", repeat)
+    first, second = order.chunk(2)
+    return _Part(rows, first, own), _Part(rows, second, own)
 
 
 def gaps(tree: WardTree, grid: np.ndarray) -> np.ndarray:

@@ -31,24 +31,26 @@ def silhouette(rows: Float[Tensor, "images axes"], labels: Int[Tensor, " images"
     return float(torch.where((others > 1) & nearest.isfinite(), score, 0.0).double().mean())
 
 
-def modularity(labels: np.ndarray, indices: np.ndarray) -> float:
+def modularity(labels: np.ndarray, indices: np.ndarray, rows: np.ndarray | None = None) -> float:
     """Return the modularity of clusters in the graph of neighbors, below 1: links inside, less those of chance.
 
     Parameters
     ----------
     labels : int64 (n,), 0 and up
     indices : int64 (n, n_neighbors), the neighbors of each image
+    rows : the images whose links count; None: all
 
     Notes
     -----
     Newman and Girvan (2004), each image's choice of a neighbor one link: sum over c of e_c - a_c·b_c with e_c the share
     of links inside c, and a_c, b_c the shares of those that leave from and that arrive in it.
     """
-    n_links, n_clusters = indices.size, int(labels.max()) + 1
+    n_clusters = int(labels.max()) + 1
+    indices, own = (indices, labels) if rows is None else (indices[rows], labels[rows])
     chosen = labels[indices]
-    inside = np.count_nonzero(chosen == labels[:, None]) / n_links
-    leaving = np.bincount(labels, minlength=n_clusters) / len(labels)
-    arriving = np.bincount(chosen.ravel(), minlength=n_clusters) / n_links
+    inside = np.count_nonzero(chosen == own[:, None]) / indices.size
+    leaving = np.bincount(own, minlength=n_clusters) / len(own)
+    arriving = np.bincount(chosen.ravel(), minlength=n_clusters) / indices.size
     return float(inside - leaving @ arriving)
 
 
@@ -72,26 +74,22 @@ def _kept_pairs(table: np.ndarray) -> float:
     return float((kept.mean() - chance) / (1 - chance)) if many.any() and chance < 1 else 0.0
 
 
-def generalization(rows: Float[Tensor, "images axes"], labellings: list[Int[Tensor, " images"]], *,
-                   draws: torch.Generator, n_folds: int = 5) -> list[float]:
-    """Return for each labelling how well a ridge classifier tells it of rows it has not seen: 0 by chance, 1 always.
+def generalization(seen: tuple[Float[Tensor, "seen axes"], list[Int[Tensor, " seen"]]],
+                   new: tuple[Float[Tensor, "new axes"], list[Int[Tensor, " new"]]]) -> list[float]:
+    """Return for each labelling how well a ridge classifier of ``seen`` rows names ``new`` ones: 0 by chance, 1 always.
 
-    All labellings share their folds and one factorisation a fold. It is Cohen's kappa of the labels that were left out.
+    Both are rows and several labellings of them, which share one factorisation. It is Cohen's kappa.
     """
-    fold = (torch.randperm(len(rows), generator=draws) % n_folds).to(rows.device)
-    x = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1).double()
-    widths = [int(labels.max()) + 1 for labels in labellings]
+    x, y = (torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1).double() for rows, _ in (seen, new))
+    widths = [1 + max(int(own.max()), int(other.max())) for own, other in zip(seen[1], new[1], strict=True)]
     targets = torch.cat([torch.nn.functional.one_hot(labels, width).double() for labels, width
-                         in zip(labellings, widths, strict=True)], dim=1)
-    squares = torch.stack([x[fold == at].T @ x[fold == at] for at in range(n_folds)])
-    products = torch.stack([x[fold == at].T @ targets[fold == at] for at in range(n_folds)])
-    ridge = _RIDGE * squares.sum(dim=0).diagonal().mean() * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-    told = torch.empty_like(targets)
-    for at in range(n_folds):
-        weights = torch.linalg.solve(squares.sum(dim=0) - squares[at] + ridge, products.sum(dim=0) - products[at])
-        told[fold == at] = x[fold == at] @ weights
+                         in zip(seen[1], widths, strict=True)], dim=1)
+    squares = x.T @ x
+    ridge = _RIDGE * squares.diagonal().mean() * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+    told = y @ torch.linalg.solve(squares + ridge, x.T @ targets)
+    parts = torch.split(told, widths, dim=1)
     return [_kappa(part.argmax(dim=1), labels, width) for part, labels, width
-            in zip(torch.split(told, widths, dim=1), labellings, widths, strict=True)]
+            in zip(parts, new[1], widths, strict=True)]
 
 
 def _kappa(told: Int[Tensor, " images"], labels: Int[Tensor, " images"], width: int) -> float:
