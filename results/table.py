@@ -3,7 +3,8 @@
     python results/table.py collect scan-digits runs/seed-0 runs/seed-1 runs/seed-2
     python results/table.py                    write the tables into README.md and docs/concepts/frozen-encoders.md
 
-What results/frozen.py measured of frozen encoders, in results/frozen/, has tables of its own. A result is a mean and a spread over seeds, with the options, versions and machine that made it; never a best-of.
+What results/frozen.py measured of frozen encoders, in results/frozen/, has tables of its own. A result is a mean and a
+spread over seeds, with the options, versions and machine that made it; never a best-of.
 """
 
 import json
