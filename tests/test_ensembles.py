@@ -18,6 +18,7 @@ from phyla.ensembles import (
     effective_counts,
     hardened,
     one_hot,
+    pair_agreement,
     transported,
     weighted_average,
 )
@@ -102,6 +103,19 @@ def test_the_consensus_does_not_depend_on_how_members_number_their_clusters():
     assert torch.equal(first, second)
     assert first.argmax(dim=1).tolist() == truth.tolist()
     assert torch.allclose(weighted_average([m @ t for m, t in zip(renumbered, maps, strict=True)], weights), second)
+
+
+@given(SEEDS)
+@settings(max_examples=20, deadline=None)
+def test_pair_agreement_is_that_of_every_two_members(seed: int):
+    draw = np.random.default_rng(seed)
+    labels, weights = draw.integers(0, 3, (5, 11)), draw.random(5)
+    pairs = [(a, b, weights[a] * weights[b]) for a in range(5) for b in range(5) if a != b]
+    found = pair_agreement([torch.from_numpy(each) for each in labels], torch.from_numpy(weights), 3)
+    for i in range(11):
+        agreeing = sum(weight for a, b, weight in pairs if labels[a, i] == labels[b, i])
+        assert float(found[i]) == pytest.approx(agreeing / sum(weight for *_, weight in pairs))
+    assert pair_agreement([torch.from_numpy(labels[0])], torch.ones(1).double(), 3).tolist() == [1] * 11
 
 
 def test_stability_is_the_mean_jaccard_index():

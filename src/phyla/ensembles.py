@@ -1,8 +1,8 @@
 """Many assignments of the same images: how far they agree, one numbering for their clusters, one mean of them.
 
 A member is a table of probabilities ``(n, K_m)``, float32 or float64, on any device; members may differ in K_m. All
-that is asked of pairs of members comes from contingency tables, one matrix product of (n, sum of K_m) with itself:
-nothing of size n x n is held.
+that is asked of pairs of members comes from contingency tables, which count the images once a member: nothing of size
+n x n is held.
 """
 
 from collections.abc import Sequence
@@ -14,8 +14,6 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from phyla.errors import InputError
-
-_BLOCK = 1 << 20  # rows whose counts are summed at once
 
 Table = Float[Tensor, "images clusters"]
 Member = Float[Tensor, "images _"]
@@ -39,13 +37,16 @@ def adjusted_rand(members: Sequence[Member]) -> Float[Tensor, "members members"]
     About 0 for members that have nothing in common, 1 for equal partitions, however numbered. Of two members of one
     cluster each it is 1, of one such and another 0.
     """
-    hard = torch.cat([hardened(member) for member in members], dim=1)
-    shared = _product(hard, hard)
-    pairs = _pairs(shared)
-    ends = np.cumsum([0, *(member.shape[1] for member in members)])
-    within = np.add.reduceat(np.add.reduceat(pairs, ends[:-1], axis=0), ends[:-1], axis=1)
+    labels = np.stack([member.argmax(dim=1).cpu().numpy() for member in members])
+    starts = np.cumsum([0, *(member.shape[1] for member in members)])
+    places, n_images = labels + starts[:-1, None], labels.shape[1]
+    within = np.empty((len(members),) * 2)
+    for one, member in enumerate(members):
+        cells = np.bincount((places + labels[one] * starts[-1]).ravel(), minlength=member.shape[1] * starts[-1])
+        counts = cells.reshape(member.shape[1], starts[-1]).astype(np.float64)
+        within[one] = np.add.reduceat((counts * (counts - 1) / 2).sum(axis=0), starts[:-1])
     own = np.diag(within)
-    expected = np.outer(own, own) / max(1.0, len(hard) * (len(hard) - 1) / 2)
+    expected = np.outer(own, own) / max(1.0, n_images * (n_images - 1) / 2)
     most = (own[:, None] + own[None]) / 2
     with np.errstate(invalid="ignore"):
         found = np.where(most > expected, (within - expected) / (most - expected), 1.0)
@@ -118,14 +119,35 @@ def agreed(members: Sequence[Member], weights: Weights, *, start: Table, n_round
     """
     sizes = [member.shape[1] for member in members]
     beside, reference = torch.cat(list(members), dim=1), hardened(start)
-    tables, average = list[Tensor](), start
+    tables, average, share = list[Tensor](), start, (weights / weights.sum()).to(beside)
     for _ in range(max(1, n_rounds)):
         tables = [align(shared) for shared in torch.split(beside.T @ reference, sizes)]
-        average = weighted_average([m @ table for m, table in zip(members, tables, strict=True)], weights)
+        average = beside @ torch.cat([table * part for table, part in zip(tables, share, strict=True)])
         before, reference = reference, hardened(average)
         if torch.equal(before, reference):
             break
     return average, tables
+
+
+def pair_agreement(labels: Sequence[Int[Tensor, " images"]], weights: Weights, n_clusters: int
+                   ) -> Float[Tensor, " images"]:
+    """Return for each image how probably two members drawn by their weights give it one label, float64, 0 to 1.
+
+    Parameters
+    ----------
+    labels : of members that are aligned to one another; a member is not paired with itself
+
+    Notes
+    -----
+    With v_c the weight of the members for cluster c of an image, (sum_c v_c² - sum_m w_m²) / (1 - sum_m w_m²). A single
+    member agrees with itself.
+    """
+    share = (weights / weights.sum()).double().cpu()
+    votes = torch.zeros(len(labels[0]), n_clusters, dtype=torch.float64)
+    for each, part in zip(labels, share, strict=True):
+        votes.scatter_add_(1, each.cpu()[:, None], part.expand(len(each), 1))
+    alone = float(share.square().sum())
+    return (votes.square().sum(dim=1) - alone) / (1 - alone) if alone < 1 else torch.ones(len(votes)).double()
 
 
 def cluster_stability(labels: Int[Tensor, " images"], members: Sequence[Int[Tensor, " images"]], weights: Weights,
@@ -160,15 +182,3 @@ def transported(probabilities: Table, prior: Float[Tensor, " clusters"], *, n_ro
         if float((p.mean(dim=0) - prior).abs().max()) < tolerance:
             break
     return p
-
-
-def _pairs(counts: np.ndarray) -> np.ndarray:
-    return counts * (counts - 1) / 2
-
-
-def _product(first: Member, second: Member) -> np.ndarray:
-    """Return first^T @ second of tables of 0 and 1, exactly: float32 counts to 2^24, and a block is shorter."""
-    total = np.zeros((first.shape[1], second.shape[1]))
-    for start in range(0, len(first), _BLOCK):
-        total += (first[start : start + _BLOCK].T @ second[start : start + _BLOCK]).double().cpu().numpy()
-    return np.rint(total)

@@ -21,9 +21,10 @@ from phyla.refine.consensus import (
     smoothed,
     unusable,
 )
+from phyla.training.device import choose_device
 from phyla.types import Embeddings
 
-FEW = {"n_restarts": 2, "n_neighbors": 8, "n_steps": 60}
+FEW = {"n_restarts": 1, "n_neighbors": 8, "n_steps": 60}
 
 
 def groups(n: int = 160, k: int = 4, seed: int = 0, width: int = 6) -> tuple[np.ndarray, np.ndarray]:
@@ -91,7 +92,7 @@ def test_makes_its_own_members_in_every_space():
     rows, truth = groups()
     spaces = [rows[:, :4], 50 * rows[:, 2:]]
     found = Consensus(n_clusters=4, **FEW).fit(spaces)
-    assert len(found.weights_) == 2 * 4
+    assert len(found.weights_) == 3 * 13
     assert hungarian_accuracy(truth, found.labels_) > 0.95
     beside = Embeddings(np.hstack(spaces), [str(i) for i in range(160)], widths=(4, 4))
     assert np.array_equal(Consensus(n_clusters=4, **FEW).fit(beside).probabilities_, found.probabilities_)
@@ -206,8 +207,8 @@ def test_who_cannot_be_used_and_why():
 
 def test_own_members_are_as_many_as_tables_and_starts():
     rows, _ = groups(60)
-    made = own_members([rows], find_neighbors(rows, 5), n_clusters=3, n_restarts=2, n_components=4, seed=0)
-    assert len(made) == 4
+    made = own_members([rows], n_clusters=3, n_restarts=2, n_components=4, seed=0, device=choose_device("cpu"))
+    assert len(made) == 2 * (4 + 9)
     assert all(member.shape == (60,) for member in made)
 
 

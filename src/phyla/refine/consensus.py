@@ -32,12 +32,13 @@ from phyla.ensembles import (
     cluster_stability,
     effective_counts,
     one_hot,
+    pair_agreement,
     transported,
 )
 from phyla.errors import InputError
 from phyla.neighbors import find_neighbors
 from phyla.nets.heads import ClusterHeads, SpaceProjection
-from phyla.principal import graph_coordinates, principal_axes
+from phyla.principal import graph_coordinates, principal_axes, principal_rows
 from phyla.quality import label_free_temperature, matching_temperature
 from phyla.randomness import derive_seed, generator
 from phyla.spaces import Space, scaled, spaces_of
@@ -54,6 +55,7 @@ _AXES = 256  # principal axes in which the classifier is trained: its weights ar
 _ROWS = 1 << 14  # rows classified at once
 _BATCH = 1 << 14  # rows of a step
 _LEAST_NEAR = 3  # neighbors before a fall in similarity is looked for
+_NEAR, _COORDINATES, _PLAIN = (10, 20, 50), (1.5, 2, 3), 4  # of the members it makes itself
 _COLLAPSED, _FAR = 0.5, 0.5  # of n_clusters in use, and of the median stability: with less a member has no weight
 
 
@@ -150,26 +152,34 @@ def train(net: nn.Module, rows: Float[Tensor, "images features"], labels: Int[Te
         optimizer.step()
 
 
-def own_members(spaces: Sequence[np.ndarray], neighbors: Neighbors | None, *, n_clusters: int, n_restarts: int,
-                n_components: int, seed: int) -> list[np.ndarray]:
-    """Return labels (n_images,) of many cheap clusterings: k-means once from each start, in each of several tables.
+def own_members(spaces: Sequence[np.ndarray], *, n_clusters: int, n_restarts: int, n_components: int, seed: int,
+                device: Device) -> list[np.ndarray]:
+    """Return labels (n_images,) of many cheap clusterings: k-means from each start, in each table of coordinates.
 
-    The tables are unit rows of the first principal components of each space and of all, and the coordinates in the
-    graph of neighbors.
+    The tables of each space, and of all together: ``n_components`` half-whitened principal components, and coordinates
+    in the graphs of 10, 20 and 50 neighbors, 1.5, 2 and 3 for each cluster.
     """
-    each = [scaled(space, center=True) for space in spaces]
-    together = [scaled(spaces, center=True)] if len(spaces) > 1 else []
-    tables = [scaled(rows @ principal_axes(rows, n_components)) for rows in each + together]
-    if neighbors is not None:
-        tables.append(graph_coordinates(neighbors, min(n_clusters, len(spaces[0]) - 1)))
-    found = []
-    for place, table in enumerate(tables):
-        for restart in range(n_restarts):
-            chosen = derive_seed(seed, "consensus member", place, restart) % 2**31
-            with warnings.catch_warnings():  # of fewer distinct points than clusters
-                warnings.filterwarnings("ignore", category=ConvergenceWarning)
-                found.append(KMeans(n_clusters, n_init=1, max_iter=100, random_state=chosen).fit(table).labels_)
+    found, n_images = list[np.ndarray](), len(spaces[0])
+    for place, view in enumerate([*spaces, spaces] if len(spaces) > 1 else spaces):
+        rows = scaled(view, center=True)
+        tables = [principal_rows(rows, n_components)]
+        near = find_neighbors(principal_rows(rows, 2 * n_components, whiten=0), min(_NEAR[-1], n_images - 1),
+                              device=device.device, title="")
+        for n_near in sorted({min(each, near.n_neighbors) for each in _NEAR}):
+            widths = sorted({min(int(each * n_clusters), n_images - 1) for each in _COORDINATES})
+            coordinates = graph_coordinates(near, widths[-1], n_neighbors=n_near)
+            tables += [scaled(coordinates[:, :width]) for width in widths]
+        for number, table in enumerate(tables):
+            for restart in range(n_restarts * (_PLAIN if number == 0 else 1)):
+                chosen = derive_seed(seed, "consensus member", place, number, restart) % 2**31
+                found.append(_kmeans(table, n_clusters, chosen))
     return found
+
+
+def _kmeans(table: np.ndarray, n_clusters: int, seed: int) -> np.ndarray:
+    with warnings.catch_warnings():  # of fewer distinct points than clusters
+        warnings.filterwarnings("ignore", category=ConvergenceWarning)
+        return KMeans(n_clusters, n_init=1, max_iter=50, random_state=seed).fit(table).labels_
 
 
 def _table(member: np.ndarray, n_images: int, place: int) -> Member:
@@ -279,7 +289,7 @@ class Consensus(ClusterMixin, BaseEstimator):
     weight_decay: float = 1.0
     hidden: int = 0
     calibration: Calibration = "agreement"
-    n_restarts: int = 8
+    n_restarts: int = 1
     n_components: int = 64
     n_neighbors: int = 20
     random_state: int | None = 0
@@ -310,9 +320,9 @@ class Consensus(ClusterMixin, BaseEstimator):
         self.n_features_in_ = sum(self.widths_)
         seed = int(np.random.default_rng().integers(2**31)) if self.random_state is None else self.random_state
         rows = scaled(spaces, center=True)
-        if neighbors is None and (members is None or self.adaptive or self.calibration == "neighbors"):
+        if neighbors is None and (self.adaptive or self.calibration == "neighbors"):
             neighbors = find_neighbors(rows, min(self.n_neighbors, len(rows) - 1), device=device.device, title="")
-        given = own_members(spaces, neighbors, n_clusters=self.n_clusters, n_restarts=self.n_restarts,
+        given = own_members(spaces, n_clusters=self.n_clusters, n_restarts=self.n_restarts, device=device,
                             n_components=self.n_components, seed=seed) if members is None else members
         tables = [_table(member, len(rows), place).to(device.device) for place, member in enumerate(given)]
         if not tables:
@@ -413,7 +423,7 @@ class Consensus(ClusterMixin, BaseEstimator):
         self.aligned_ = torch.stack(others).numpy()
         self.agreement_ = (used @ (torch.stack(others) == labels).double()).float().numpy()
         self.stability_ = cluster_stability(labels, others, used, self.n_clusters).numpy()
-        self.expected_accuracy_ = float(self.agreement_.mean())
+        self.expected_accuracy_ = float(pair_agreement(others, used, self.n_clusters).mean())
         if self.calibration == "agreement":
             self.temperature_ = matching_temperature(logits, min(self.expected_accuracy_, 1 - 0.5 / len(labels)))
         elif self.calibration == "neighbors" and neighbors is not None:
