@@ -47,7 +47,7 @@ from phyla.training.options import faults, neighbor_faults
 from phyla.types import SUM_TOLERANCE, Neighbors
 
 Prior = Literal["estimated", "uniform"]
-Calibration = Literal["agreement", "neighbors", "none"]
+Calibration = Literal["agreement", "pairs", "neighbors", "none"]
 
 _LEAST = {"n_clusters": 2, "n_restarts": 1, "n_components": 1, "n_neighbors": 1, "n_rounds": 1, "n_steps": 1,
           "stability_power": 0, "smoothing": 0, "hidden": 0, "weight_decay": 0}
@@ -160,7 +160,8 @@ def own_members(spaces: Sequence[np.ndarray], *, n_clusters: int, n_restarts: in
     in the graphs of 10, 20 and 50 neighbors, 1.5, 2 and 3 for each cluster.
     """
     found, n_images = list[np.ndarray](), len(spaces[0])
-    for place, view in enumerate([*spaces, spaces] if len(spaces) > 1 else spaces):
+    views: list[Space] = [*spaces, list(spaces)] if len(spaces) > 1 else list(spaces)
+    for place, view in enumerate(views):
         rows = scaled(view, center=True)
         tables = [principal_rows(rows, n_components)]
         near = find_neighbors(principal_rows(rows, 2 * n_components, whiten=0), min(_NEAR[-1], n_images - 1),
@@ -249,8 +250,9 @@ class Consensus(ClusterMixin, BaseEstimator):
     n_steps : of Adam in each round
     lr, weight_decay : of Adam; of the squared weights, in the sum over all images
     hidden : features of a hidden layer of the classifier; 0: it is linear
-    calibration : agreement: mean confidence is the accuracy that the members' agreement lets expect; neighbors: the
-        share of images that their neighbors support; none: as trained
+    calibration : agreement: mean confidence is how far the members agree with the result; pairs: how far two of them
+        agree with each other, for members of one kind; neighbors: the share of images that their neighbors support;
+        none: as trained
     n_restarts, n_components, n_neighbors : of the members it makes itself: k-means starts in each space, principal
         components, and neighbors in the graph
     random_state : seed; None draws one
@@ -423,8 +425,9 @@ class Consensus(ClusterMixin, BaseEstimator):
         self.aligned_ = torch.stack(others).numpy()
         self.agreement_ = (used @ (torch.stack(others) == labels).double()).float().numpy()
         self.stability_ = cluster_stability(labels, others, used, self.n_clusters).numpy()
-        self.expected_accuracy_ = float(pair_agreement(others, used, self.n_clusters).mean())
-        if self.calibration == "agreement":
+        agreed_on = pair_agreement(others, used, self.n_clusters) if self.calibration == "pairs" else self.agreement_
+        self.expected_accuracy_ = float(agreed_on.mean())
+        if self.calibration in ("agreement", "pairs"):
             self.temperature_ = matching_temperature(logits, min(self.expected_accuracy_, 1 - 0.5 / len(labels)))
         elif self.calibration == "neighbors" and neighbors is not None:
             self.temperature_ = label_free_temperature(logits, neighbors)
