@@ -137,7 +137,7 @@ def _fit(method: str, n_clusters: int, seed: int, embeddings: Embeddings, neighb
     found = {TITLES[method]: (clusterer.probabilities_, time.monotonic() - start)}
     if not isinstance(clusterer, Members):
         return found
-    consensus = _consensus(pipeline, seed)
+    consensus = _consensus(pipeline, n_clusters, seed)
     consensus.fit(embeddings, members=[each.astype(np.float32) for each in clusterer.members_], neighbors=neighbors)
     whole = {TITLES["member"]: found[TITLES[method]],
              TITLES["consensus"]: (consensus.probabilities_, time.monotonic() - start)}
@@ -148,12 +148,11 @@ def _fit(method: str, n_clusters: int, seed: int, embeddings: Embeddings, neighb
     return whole
 
 
-def _consensus(pipeline: Pipeline, seed: int) -> Any:
+def _consensus(pipeline: Pipeline, n_clusters: int, seed: int) -> Any:
     method = pipeline.refine
     if method is None:
         raise SystemExit(f"{pipeline.name} has no consensus")
-    method.random_state = seed
-    return method
+    return _seeded(method, n_clusters, seed)
 
 
 def _seeded(method: Any, n_clusters: int, seed: int) -> Any:
