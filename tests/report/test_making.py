@@ -31,9 +31,11 @@ def test_every_number_tried_is_a_row_and_what_is_not_finite_is_not_known():
 
 
 def test_each_criterion_is_drawn_over_the_numbers_with_what_it_picks():
-    (first, picked), (second, whole) = count_plots(counted())
-    assert (first.title, picked) == ("Silhouette", "picks 3, 2 to 3 on halves of the images")
-    assert (second.title, whole) == ("Stability", "picks 4")
+    first, second = count_plots(counted())
+    assert (first.y_label, first.lines[0].title) == ("silhouette", "picks 3; 2 to 3 on halves of the images")
+    assert (second.y_label, second.lines[0].title) == ("stability", "picks 4")
+    same = count_plots(counted(spread={"silhouette": [3, 3]}))[0]
+    assert same.lines[0].title == "picks 3; 3 on halves of the images"
     assert first.x_ticks == ((0.0, "2"), (50.0, "3"), (100.0, "4"))
     places = [tuple(map(float, place.split(","))) for place in first.lines[0].points.split()]
     assert [x for x, _ in places] == [0, 50, 100]
@@ -44,15 +46,17 @@ def test_each_criterion_is_drawn_over_the_numbers_with_what_it_picks():
 def test_one_number_alone_and_curves_without_a_value_are_no_reason_to_stop():
     assert count_plots(counted(grid=np.array([3]), criteria={"silhouette": np.array([0.1])})) == []
     nothing = count_plots(counted(criteria={"silhouette": np.full(3, np.nan)}, votes={}))
-    assert [picked for _, picked in nothing] == [""]
+    assert [plot.lines[0].title for plot in nothing] == ["picks none"]
 
 
 def test_page_tells_how_the_result_came_about_only_where_that_is_given(make_run, tmp_path):
     given = {"class_count": counted(), "members": MEMBERS}
     page = build_report(make_run(more=given), tmp_path / "a").read_text("utf-8")
     for words in ('id="count"', 'id="members"', "between 2 and 4", "a cloud &amp; no clusters", "TEMI on all &lt;2&gt;",
-                  "Picks 3, 2 to 3 on halves", 'href="#members"'):
+                  "picks 3; 2 to 3 on halves", 'href="#members"'):
         assert words in page, words
+    none = counted(grid=np.array([], np.int64), criteria={}, votes={}, spread={})  # too few images to tell
+    assert 'id="count"' in build_report(make_run(more={"class_count": none}), tmp_path / "c").read_text("utf-8")
     plain = build_report(make_run(), tmp_path / "b").read_text("utf-8")
     assert 'id="count"' not in plain
     assert 'id="members"' not in plain

@@ -49,11 +49,11 @@ def count_table(count: ClassCount | None) -> Table:
             for i, tried in enumerate(count.grid)]
 
 
-def count_plots(count: ClassCount | None) -> list[tuple[Plot, str]]:
-    """Return the page's drawing of each criterion over the numbers tried, and what it picks, in words."""
+def count_plots(count: ClassCount | None) -> list[Plot]:
+    """Return the page's drawing of each criterion over the numbers tried; its line is called by what it picks."""
     if count is None or len(count.grid) < 2:
         return []
-    return [(_curve(name, count), _picked(name, count)) for name in count.criteria]
+    return [_curve(name, count) for name in count.criteria]
 
 
 def _curve(name: str, count: ClassCount) -> Plot:
@@ -63,15 +63,17 @@ def _curve(name: str, count: ClassCount) -> Plot:
     low, high = min(y), max(y)
     marks = MaxNLocator(3).tick_values(low, high if high - low > _RISEN else low + 1)
     numbers = sorted({int(count.grid[0]), int(count.grid[-1]), count.n_classes})
-    return plot_lines([Line(name, x, y)], title=name.capitalize(), x_ticks=[(float(k), str(k)) for k in numbers],
+    return plot_lines([Line(_picked(name, count), x, y)], title="", x_ticks=[(float(k), str(k)) for k in numbers],
                       y_ticks=[(float(mark), f"{mark:.3g}") for mark in marks], x_label="classes", y_label=name,
                       marked=False)
 
 
 def _picked(name: str, count: ClassCount) -> str:
-    spread = sorted(count.spread.get(name, ()))
-    halves = f", {spread[0]} to {spread[-1]} on halves of the images" if spread else ""
-    return f"picks {count.votes[name]}{halves}" if name in count.votes else ""
+    if name not in count.votes:
+        return "picks none"
+    spread = sorted(set(count.spread.get(name, ())))
+    on_halves = f"{spread[0]} to {spread[-1]}" if len(spread) > 1 else str(*spread)
+    return f"picks {count.votes[name]}" + (f"; {on_halves} on halves of the images" if spread else "")
 
 
 def _known(value: float) -> float | None:
