@@ -55,6 +55,8 @@ def test_page_tells_how_the_result_came_about_only_where_that_is_given(make_run,
     for words in ('id="count"', 'id="members"', "between 2 and 4", "a cloud &amp; no clusters", "TEMI on all &lt;2&gt;",
                   "picks 3; 2 to 3 on halves", 'href="#members"'):
         assert words in page, words
+    none = counted(grid=np.array([], np.int64), criteria={}, votes={}, spread={})  # too few images to tell
+    assert 'id="count"' in build_report(make_run(more={"class_count": none}), tmp_path / "c").read_text("utf-8")
     plain = build_report(make_run(), tmp_path / "b").read_text("utf-8")
     assert 'id="count"' not in plain
     assert 'id="members"' not in plain
