@@ -8,6 +8,7 @@ from every half; the answer is the median of all picks, and the interval holds m
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,6 +71,13 @@ class ClassCount:
                 "criteria": {name: [float(value) for value in curve] for name, curve in self.criteria.items()},
                 "votes": dict(self.votes), "spread": {name: list(picks) for name, picks in self.spread.items()},
                 "notices": list(self.notices)}
+
+    @classmethod
+    def from_facts(cls, told: Mapping[str, Any]) -> "ClassCount":
+        """Return what ``as_facts`` told."""
+        curves = {name: np.array(curve, np.float64) for name, curve in told["criteria"].items()}
+        return cls(**dict(told) | {"grid": np.array(told["grid"], np.int64), "criteria": curves,
+                                   "notices": tuple(told["notices"])})
 
 
 # ---- picks: a curve over the grid to a number ---------------------------------------------------------------------

@@ -53,7 +53,7 @@ from phyla.zoo import PublishedEncoder, checkpoint_stamp
 
 log = logging.getLogger("phyla")
 
-ROBUSTNESS, COUNT = "robustness.json", "count.json"
+ROBUSTNESS = "robustness.json"
 TOGETHER = ("pretrain", "embed", "cluster", "refine", "robust", "cut")
 """The stages in which a network is run over images: all processes share them. The first alone does the others."""
 
@@ -215,7 +215,7 @@ class Runner:
             found = count_classes(self.embeddings("train"), low=options.low, high=options.high,
                                   neighbors=self.neighbors("train"), random_state=options.random_state,
                                   device=self.device.alone)
-            write_json(folder / COUNT, found.as_facts())
+            write_json(folder / stages.COUNT, found.as_facts())
             told = [f"about {found.n_classes}, and probably between {found.low} and {found.high}", *found.notices]
             return {"n_classes": found.n_classes, "notices": [f"classes: {line}" for line in told]}
 
@@ -313,7 +313,7 @@ class Runner:
     def _report(self) -> None:
         def make(folder: Path) -> dict[str, object]:
             truth, attacked = self.truth("train"), self._folder("evaluate") / ROBUSTNESS
-            agreement, stability = stages.load_agreement(self.run.stages[self._last])
+            made = stages.made_of(self.run.stages, self._last)
             build_report(ReportInput(
                 title=f"{self.train.name}: {self.assignment(self._last).n_clusters} clusters", images=self.train,
                 assignment=self.assignment(self._last), embeddings=self.embeddings("train").values,
@@ -323,7 +323,8 @@ class Runner:
                 result=self.pipeline.title(self._last),
                 results={title: self.assignment(stage) for stage, title in self._results().items()},
                 robustness=load_robustness(attacked) if attacked.exists() else (),
-                agreement=agreement, stability=stability, frozen=self.pipeline.is_frozen,
+                agreement=made.agreement, stability=made.stability, members=made.members,
+                class_count=made.class_count, frozen=self.pipeline.is_frozen,
                 min_confidence=self.pipeline.evaluate.min_confidence), folder)
             return {}
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from phyla.cluster.scan import SCAN, Watched
 from phyla.cluster.temi import TEMI
 from phyla.cluster.tsuc import TSUC
 from phyla.cluster.turtle import TURTLE
+from phyla.counting import ClassCount
 from phyla.embed import forward_all
 from phyla.errors import InputError
 from phyla.images.augment import Views
@@ -35,6 +36,7 @@ from phyla.reciprocal import rerank
 from phyla.refine.consensus import Consensus
 from phyla.refine.ruc import RUC
 from phyla.refine.selflabel import SelfLabel
+from phyla.report.making import MemberRow
 from phyla.rundir import (
     Stage,
     load_assignment,
@@ -55,6 +57,10 @@ Splits = Sequence[tuple[str, ImageSet]]
 
 _MEMORY = "memory"
 MEMBERS, ROWS, AGREEMENT, TREE = "members.npy", "members.json", "agreement.npy", "tree.npz"
+COUNT = "count.json"
+_MEMBER_TITLES = {"kmeans": "k-means", "spherical": "spherical k-means", "temi": "TEMI", "turtle": "TURTLE",
+                  "scan": "SCAN", "nnm": "NNM"}
+
 _PROJECTED = 1 << 14  # embeddings projected at once
 
 
@@ -322,6 +328,7 @@ def _consensus(method: Consensus, given: Given, clustered: Path) -> Found:
                neighbors=given.neighbors("train"), device=given.device.alone)
     views = Classifier.load(clustered).views
     told = {"weights": method.weights_.tolist(), "scores": method.member_scores_.tolist(),
+            "agrees": (method.aligned_ == method.labels_).mean(axis=1).tolist(),
             "stability": method.stability_.tolist(), "temperature": method.temperature_,
             "notices": [f"consensus: {line}" for line in method.notices_]}
     return Found(_shipped(method, given), views, method.probabilities_, facts=told, of_embeddings=True,
@@ -381,14 +388,35 @@ def save_found(found: Found, splits: Splits, *, size: int, device: Device, folde
     classifier.save(folder)
 
 
-def load_agreement(made: Stage) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Return how far the members of a consensus agree on each image, (n_images,), and on each cluster, (n_clusters,).
+class MadeOf(NamedTuple):
+    """What the report tells of how a result was made.
 
-    Both are float and 0 to 1; of a result that is no consensus they are None.
+    Parameters
+    ----------
+    agreement, stability : how far the members of a consensus agree on each image and on each cluster, 0 to 1; None of
+        another result
+    members : those members; none of another result
+    class_count : how the number of classes was estimated; None where it was given
     """
-    path, stability = made.folder / AGREEMENT, made.facts.get("stability")
-    return (read_array(path) if path.exists() else None,
-            None if stability is None else np.array(stability, np.float64))
+
+    agreement: np.ndarray | None
+    stability: np.ndarray | None
+    members: list[MemberRow]
+    class_count: ClassCount | None
+
+
+def made_of(made: Mapping[str, Stage], last: str) -> MadeOf:
+    """Return how the result of the stage ``last`` was made, of what the stages ``made`` have left."""
+    facts, path = made[last].facts, made[last].folder / AGREEMENT
+    count = made["count"].folder / COUNT if "count" in made else None
+    members = []
+    if "weights" in facts:
+        rows = read_json(made["cluster"].folder / ROWS)["members"]
+        members = [MemberRow(_MEMBER_TITLES[row["method"]], row["space"], row["number"], row["score"], weight, agrees)
+                   for row, weight, agrees in zip(rows, facts["weights"], facts["agrees"], strict=True)]
+    stability = np.array(facts["stability"], np.float64) if "stability" in facts else None
+    return MadeOf(read_array(path) if path.exists() else None, stability, members,
+                  ClassCount.from_facts(read_json(count)) if count else None)
 
 
 def load_rivals(folder: Path, split: str) -> dict[str, np.ndarray]:
