@@ -1,6 +1,9 @@
 """scikit-learn's own checks of an estimator, on every clusterer of embeddings."""
 
+import re
+import runpy
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -52,3 +55,11 @@ def test_what_does_not_apply_is_refused_in_words_of_our_own(estimator):
     if not isinstance(estimator, KMeans):
         with pytest.raises(InputError, match="needs at least 2 images, got 1"):
             clone(estimator).set_params(n_clusters=1).fit(rows[:1])
+
+
+def test_the_pipeline_of_the_guide_runs(tmp_path):
+    guide = Path(__file__).parents[2] / "docs" / "guides" / "python.md"
+    blocks = re.findall(r"```python\n(.*?)```", guide.read_text(encoding="utf-8"), re.DOTALL)
+    (tmp_path / "guide.py").write_text(next(block for block in blocks if "make_pipeline" in block))
+    names = runpy.run_path(str(tmp_path / "guide.py"))
+    assert names["chain"]["kmeans"].labels_.shape == (1797,)
