@@ -342,6 +342,7 @@ class TURTLE(ClusterMixin, BaseEstimator):
 
         self.history_ = run.history
         self._choose(search, rows, maps)
+        self.n_features_in_ = sum(self._widths)
         self.probabilities_ = self._assign(spaces)
         self.labels_ = self.probabilities_.argmax(axis=1).astype(np.int64)
         self._tell()
