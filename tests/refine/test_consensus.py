@@ -88,6 +88,21 @@ def test_scores_given_are_factors_of_the_weights():
             Consensus(n_clusters=4).fit(rows, members=members, member_scores=wrong)
 
 
+def test_members_that_say_nothing_weigh_alike_and_it_is_told():
+    rows, truth = groups()
+    found = Consensus(n_clusters=4).fit(rows, members=[noisy(truth, 4, 0.2, 0), noisy(truth, 4, 0.2, 1)],
+                                        member_scores=[0, 0])
+    assert found.weights_.tolist() == [0.5, 0.5]
+    assert "weigh alike" in found.notices_[0]
+
+
+@pytest.mark.parametrize("hidden", [0, 8])
+def test_double_precision_is_taken(hidden: int):
+    rows, _ = groups()
+    found = Consensus(n_clusters=4, hidden=hidden, **FEW).fit(rows.astype(np.float64))
+    assert np.array_equal(found.predict(rows.astype(np.float64)), found.labels_)
+
+
 def test_makes_its_own_members_in_every_space():
     rows, truth = groups()
     spaces = [rows[:, :4], 50 * rows[:, 2:]]

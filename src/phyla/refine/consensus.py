@@ -380,6 +380,9 @@ class Consensus(ClusterMixin, BaseEstimator):
         self.notices_ += [f"member {place} left out: {why}" for place, why in left_out.items()]
         weights = given * np.maximum(self.member_scores_, 0) ** self.stability_power
         weights[list(left_out)] = 0
+        if not weights.any() and len(left_out) < len(tables):
+            weights = np.array([place not in left_out for place in range(len(tables))], np.float64)
+            self.notices_.append("no member scores above 0: all of them weigh alike")
         fitting = [place for place, table in enumerate(tables)
                    if table.shape[1] == self.n_clusters and weights[place] > 0]
         if not fitting:
@@ -444,5 +447,5 @@ class Consensus(ClusterMixin, BaseEstimator):
         with torch.no_grad():
             for start in range(0, len(spaces[0]), _ROWS):
                 part = np.concatenate([space[start : start + _ROWS] for space in spaces], axis=1)
-                found.append(self._head(self._projection(torch.from_numpy(part)).float())[0])
+                found.append(self._head(self._projection(torch.from_numpy(part).float()))[0])
         return torch.cat(found)
