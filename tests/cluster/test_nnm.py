@@ -241,6 +241,7 @@ def test_batch_matches_are_brute_force(dtype):
 
 def test_batch_matches_of_equal_rows_go_to_the_lowest_index():
     assert batch_match(torch.ones(5, 3)).tolist() == [1, 0, 0, 0, 0]
+    assert batch_match(torch.full((33, 7), 0.1)).tolist() == [1] + [0] * 32
     twins = logits(4, 6, seed=6, scale=1e3).float().repeat(3, 1)
     assert batch_match(twins).tolist() == [4, 5, 6, 7, 0, 1, 2, 3, 0, 1, 2, 3]
     line = torch.tensor([[0.0], [1.0], [2.0], [3.0]])

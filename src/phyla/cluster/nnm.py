@@ -122,7 +122,7 @@ def _disagreement(first: Float[Tensor, "*heads rows clusters"], second: Float[Te
 def batch_match(features: Float[Tensor, "batch features"]) -> Int[Tensor, " batch"]:
     """Return for each row the nearest other row of the batch by Euclidean distance; the lowest index among equals.
 
-    Distances are summed from differences, in float32 or better.
+    Equal are squared distances that differ by less than 1e-10 of the largest squared length, centered.
 
     Raises
     ------
@@ -132,9 +132,15 @@ def batch_match(features: Float[Tensor, "batch features"]) -> Int[Tensor, " batc
     if len(features) < 2:
         raise InputError("a batch of one image has no other to match", "use batch_size of at least 2")
     rows = features.detach()
-    rows = rows if rows.dtype == torch.float64 else rows.float()
-    apart = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")
-    return apart.fill_diagonal_(torch.inf).argmin(dim=1)
+    if rows.device.type != "cpu":  # a double is slow on many of them, and a batch is nothing to them
+        apart = torch.cdist(rows.float(), rows.float(), compute_mode="donot_use_mm_for_euclid_dist")
+        return apart.fill_diagonal_(torch.inf).argmin(dim=1)
+    rows = rows.double()
+    rows = rows - rows.mean(dim=0)
+    squares = rows.square().sum(dim=1)
+    apart = torch.addmm(squares + squares[:, None], rows, rows.T, alpha=-2)
+    steps = apart.mul_(1e10 / squares.max().clamp(min=torch.finfo(torch.float64).tiny)).round_()
+    return steps.fill_diagonal_(torch.inf).argmin(dim=1)
 
 
 def global_matches(features: Float[Tensor, "images features"], probabilities: Float[Tensor, "images heads clusters"], *,
