@@ -192,27 +192,30 @@ def save_png(figure: Figure, path: Path, *, limit: int = _LARGEST_PNG) -> None:
     """Write a figure as PNG of at most ``limit`` bytes, by fewer colours and then fewer pixels if need be."""
     data, dpi = b"", 150.0
     while dpi >= _COARSEST_DPI:
-        data = _rendered(figure, dpi)
-        if len(data) > limit:
-            data = _fewer_colours(data)
+        drawn = _rendered(figure, dpi)
+        if len(_encoded(drawn, quick=True)) <= 1.5 * limit:  # no use in trying hard what is far too large
+            data = _encoded(drawn)
+        if not data or len(data) > limit:
+            data = _encoded(drawn.quantize(256, Image.Quantize.MEDIANCUT))
         if len(data) <= limit:
             break
         dpi *= min(0.9, 0.97 * math.sqrt(limit / len(data)))
     write_bytes(path, data)
 
 
-def _rendered(figure: Figure, dpi: float) -> bytes:
-    out = io.BytesIO()
+def _rendered(figure: Figure, dpi: float) -> Image.Image:
+    canvas = FigureCanvasAgg(figure)
+    figure.set_dpi(dpi)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="(?s).*Glyph .* missing")  # a name in a script the font lacks: boxes
         warnings.filterwarnings("ignore", message=".*constrained_layout not applied")  # too many names for the space
-        figure.savefig(out, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
-    return out.getvalue()
+        canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
 
 
-def _fewer_colours(data: bytes) -> bytes:
+def _encoded(image: Image.Image, *, quick: bool = False) -> bytes:
     out = io.BytesIO()
-    Image.open(io.BytesIO(data)).convert("RGB").quantize(256, Image.Quantize.MEDIANCUT).save(out, "PNG", optimize=True)
+    image.save(out, "PNG", compress_level=1 if quick else 6)
     return out.getvalue()
 
 
