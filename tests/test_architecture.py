@@ -18,8 +18,9 @@ LAYERS = (
     {"reciprocal", "index", "spaces", "ensembles", "principal"}, {"generalization"}, {"quality"},
     {"counting", "mergetree"}, {"pretrain", "cluster", "refine"}, {"layouts", "members"},
     {"classifier", "zoo", "rundir"}, {"evaluate"}, {"report"},
-    {"pipeline"}, {"recipes"}, {"overrides"}, {"stages", "recorded", "top"}, {"runner"}, {"labelling"},
-    {"prediction", "inventory", "onnx_file", "image_table", "asked"}, {"exports"}, {"display", "launch"}, {"cli"},
+    {"pipeline"}, {"recipes"}, {"overrides", "published"}, {"stages", "recorded", "top", "results"}, {"runner"},
+    {"labelling"}, {"prediction", "inventory", "onnx_file", "image_table", "asked"}, {"exports", "experiment"},
+    {"reproduce", "standings"}, {"display", "launch"}, {"cli"},
 )
 """Bottom to top: a module imports from layers below its own, and from its own folder."""
 

@@ -38,7 +38,7 @@ def resolve(what: str, out: Path | None, *, folder_recipe: str | None, classes: 
     ``least`` is the confidence below which an image is put into no cluster of the tables. ``alone`` says that one
     process takes steps that are not recorded (see ``with_fast``).
     """
-    pairs = [_pair(text) for text in changes]
+    pairs = [as_pair(text) for text in changes]
     path, labels = Path(what), "auto"
     is_folder = what not in RECIPES and path.suffix != ".toml" and not (path / "options.json").exists()
     if folder_recipe is not None and not is_folder:
@@ -120,7 +120,8 @@ def _on_folder(pipeline: Pipeline, path: Path) -> Pipeline:
     return change(pipeline, "data.source", str(path.absolute()))
 
 
-def _pair(text: str) -> tuple[str, str]:
+def as_pair(text: str) -> tuple[str, str]:
+    """Return the option and the value of a change as it is typed, ``cluster.lr=0.1``; InputError without a value."""
     key, equals, value = text.partition("=")
     if not equals:
         raise InputError(f"--set {text} has no value", "write --set STAGE.OPTION=VALUE")

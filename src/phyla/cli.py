@@ -215,6 +215,40 @@ def cut(run: Annotated[Path, typer.Argument(metavar="RUN", help="the folder of a
     _show(result, as_json=as_json, quiet=quiet, whole=True)
 
 
+@app.command()
+def reproduce(recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="a recipe (`phyla list recipes`)")],
+              seeds: Annotated[str, typer.Option(metavar="N|LIST", help="5: the seeds 0 to 4; 0,3,7: these")] = "5",
+              ablation: Annotated[str, typer.Option(metavar="NAME", help="a named change of the recipe")] = "",
+              protocol: Annotated[str, typer.Option(metavar="train-test|train+test|on-train", help="which images are "
+                                                    "clustered and which scored; else the recipe's")] = "",
+              selection: Annotated[str, typer.Option(metavar="last|label-free", help="what chooses the epoch; else "
+                                                     "the recipe's")] = "",
+              option: Set = None, data: DataDir = None,
+              name: Annotated[str, typer.Option(help="what the results are called; else made of the parts")] = "",
+              out: Annotated[Path, typer.Option("--out", "-o", help="folder of the run folders")] = Path("runs"),
+              results: Annotated[Path, typer.Option(help="folder of the results")] = Path("results"),
+              device: DeviceName = "auto", precision: Precision = "auto", engine: EngineName = "auto",
+              offline: Offline = False, quiet: Quiet = False, as_json: AsJson = False) -> None:
+    """Run a recipe over several seeds, and hold mean and spread against the published number.
+
+    Each seed changes everything, the encoder too. Give the same command again after a stop or a kill, and it goes on
+    where it was. Each run leaves a small file in results/, from which tables are made.
+    """
+    from phyla.display import showing
+
+    with showing(quiet=quiet):
+        from phyla.experiment import Experiment, seeds_of
+        from phyla.reproduce import reproduce
+        from phyla.standings import standing_facts, standing_lines
+
+        asked = Experiment(recipe, ablation=ablation, protocol=protocol, selection=selection,
+                           changes=tuple(option or ()), called=name)
+        made = reproduce(asked, seeds_of(seeds), runs=out, results=results,
+                         device=launch.joined(device, precision, engine=engine), data_dir=data, download=not offline,
+                         command=["phyla", *sys.argv[1:]])
+    print(_json(standing_facts(asked, made)) if as_json else "\n".join(standing_lines(asked, made)))
+
+
 class Listed(StrEnum):
     """What `phyla list` can list."""
 

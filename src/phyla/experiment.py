@@ -1,0 +1,160 @@
+"""What is to be reproduced: a recipe with named changes, a protocol, and the name its results stand under.
+
+A schedule shorter than the recipe's, or fewer images, ends the name in ``-short``: it never passes for the published
+one. Any other change that has no name of its own ends it in ``-changed``.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from phyla.asked import as_pair
+from phyla.errors import InputError, nearest
+from phyla.images.catalog import DATASETS, data_set_name, split_parts
+from phyla.overrides import change, with_seed
+from phyla.pipeline import Pipeline
+from phyla.published import ablation as changes_of
+from phyla.recipes import recipe as pipeline_of
+
+SCHEDULE = ("n_epochs", "n_rounds")
+PROTOCOLS = ("train-test", "train+test", "on-train")
+SELECTIONS = ("last", "label-free")
+_CHOOSES = {"SCAN": "neighbor_score", "NNM": "label_free", "TSUC": "lowest_loss"}
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A recipe and what is changed of it; empty strings change nothing.
+
+    Parameters
+    ----------
+    recipe : its name
+    ablation : a named change of it
+    protocol : train-test, train+test, on-train; else the recipe's
+    selection : last or label-free, of the clustering and of what refines it; else the recipe's
+    changes : options as typed after --set, laid over all of these
+    called : the name of the results; else it is made of the parts
+    """
+
+    recipe: str
+    ablation: str = ""
+    protocol: str = ""
+    selection: str = ""
+    changes: tuple[str, ...] = ()
+    called: str = ""
+
+    def pipeline(self, seed: int) -> Pipeline:
+        """Return what is run with one seed; InputError where a part of it cannot be."""
+        return _laid(self._named(seed), self.changes)
+
+    @property
+    def name(self) -> str:
+        """What the results are called: recipe-ablation-protocol-selection, -short or -changed where that is so."""
+        asked = (self.recipe, self.ablation, self.protocol, self.selection)
+        name = self.called or "-".join(part for part in asked if part)
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+_-]*", name):
+            raise InputError(f"results cannot be called {name!r}", "letters, digits, . + _ and -")
+        if self.is_short:
+            return name if name.endswith("-short") else f"{name}-short"
+        unnamed = not self.called and self.pipeline(0).options() != self._named(0).options()
+        return f"{name}-changed" if unnamed else name
+
+    @property
+    def is_short(self) -> bool:
+        """Whether it trains for less than the recipe with its ablation, or on fewer images."""
+        return is_shorter(self.pipeline(0), _laid(pipeline_of(self.recipe), self._ablated()))
+
+    @property
+    def is_as_named(self) -> bool:
+        """Whether it is the recipe with its ablation and nothing else, which is what published numbers are of."""
+        as_named = _laid(with_seed(pipeline_of(self.recipe), 0), self._ablated())
+        return self.pipeline(0).options() == as_named.options()
+
+    def _named(self, seed: int) -> Pipeline:
+        """Return the pipeline without the unnamed changes."""
+        pipeline = _laid(with_seed(pipeline_of(self.recipe), seed), self._ablated())
+        pipeline = with_protocol(pipeline, self.protocol) if self.protocol else pipeline
+        return with_selection(pipeline, self.selection) if self.selection else pipeline
+
+    def _ablated(self) -> tuple[str, ...]:
+        return changes_of(self.recipe, self.ablation) if self.ablation else ()
+
+
+def _laid(pipeline: Pipeline, changes: Sequence[str]) -> Pipeline:
+    for text in changes:
+        pipeline = change(pipeline, *as_pair(text))
+    return pipeline
+
+
+def seeds_of(text: str) -> tuple[int, ...]:
+    """Return the seeds that ``--seeds`` asks for: 5 is 0 to 4, 0,3,7 are these, and 7, is one."""
+    told = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in told if part) or not any(told):
+        raise InputError(f"--seeds {text} is neither a number of seeds nor a list of them",
+                         "--seeds 5 for 0 to 4, --seeds 0,3,7 for these, --seeds 7, for one")
+    numbers = [int(part) for part in told if part]
+    seeds = tuple(range(numbers[0])) if len(told) == 1 else tuple(dict.fromkeys(numbers))
+    if not seeds:
+        raise InputError("--seeds 0 asks for no run", "--seeds 5 for the seeds 0 to 4, --seeds 0, for the seed 0")
+    return seeds
+
+
+def protocol_of(pipeline: Pipeline) -> str:
+    """Return the protocol of a pipeline: of its score on the images that nothing was fitted to, where it has some."""
+    if pipeline.data.held_out is not None:
+        return "train-test"
+    return clustered_protocol(pipeline)
+
+
+def clustered_protocol(pipeline: Pipeline) -> str:
+    """Return the protocol of a score on the clustered images themselves."""
+    return "train+test" if {"test", "val"} & set(pipeline.data.split.split("+")[1:]) else "on-train"
+
+
+def with_protocol(pipeline: Pipeline, protocol: str) -> Pipeline:
+    """Return the pipeline that clusters and scores the images of a protocol; InputError where the data has no such."""
+    if protocol not in PROTOCOLS:
+        raise InputError(f"no protocol {protocol!r}", nearest(protocol, list(PROTOCOLS)))
+    if protocol == protocol_of(pipeline):
+        return pipeline
+    name = data_set_name(pipeline.data.source)
+    if name is None:
+        raise InputError(f"protocol {protocol} needs a data set with splits, and this recipe has none",
+                         "name one: --set data.source=cifar10")
+    test = "val" if "val" in DATASETS[name].splits else "test"
+    split = f"train+{test}" if protocol == "train+test" else "train"
+    pipeline = change(pipeline, "data.split", split)
+    learned = pipeline.data.pretrain_split
+    if learned and "unlabeled" in learned:
+        pipeline = change(pipeline, "data.pretrain_split", f"{split}+unlabeled")
+    held_out = test if protocol == "train-test" else None
+    for part in filter(None, (split, held_out)):
+        split_parts(name, part)  # the data set may have no test images
+    return change(pipeline, "data.held_out", held_out)
+
+
+def with_selection(pipeline: Pipeline, selection: str) -> Pipeline:
+    """Return the pipeline whose clustering and refinement keep the last epoch, or choose without labels."""
+    if selection == "oracle":
+        raise InputError("--selection oracle: true labels never choose a result here",
+                         "what they would choose stands beside each result as its oracle, where a run keeps it")
+    if selection not in SELECTIONS:
+        raise InputError(f"no selection {selection!r}", nearest(selection, list(SELECTIONS)))
+    is_last = selection == "last"
+    if hasattr(pipeline.cluster, "select"):
+        chooses = _CHOOSES[type(pipeline.cluster).__name__]
+        pipeline = change(pipeline, "cluster.select", "last" if is_last else chooses)
+    if hasattr(pipeline.refine, "keep"):
+        pipeline = change(pipeline, "refine.keep", "last" if is_last else "better")
+    return pipeline
+
+
+def is_shorter(pipeline: Pipeline, whole: Pipeline) -> bool:
+    """Return whether a pipeline trains for fewer epochs or rounds than ``whole``, or on fewer images."""
+    if pipeline.data.limit is not None and pipeline.data.limit < (whole.data.limit or float("inf")):
+        return True
+    for part in ("pretrain", "cluster", "refine", "robust"):
+        mine, theirs = getattr(pipeline, part), getattr(whole, part)
+        if type(mine) is type(theirs) and any(getattr(mine, name, 0) < getattr(theirs, name, 0) for name in SCHEDULE):
+            return True
+    return False

@@ -1,0 +1,144 @@
+"""Run a recipe over several seeds, a run folder each, and keep what each run scored as a result.
+
+Every seed changes everything, the encoder too. Given again after a stop or a kill, it goes on where it was. Runs of
+other recipes, changes and seeds below the same folder lend their encoders: one that would come out the same is not
+trained again.
+"""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from phyla.experiment import Experiment, clustered_protocol
+from phyla.pipeline import RESULTS, Pipeline, check_pipeline
+from phyla.progress import track
+from phyla.results import RunResult, Scored, check_alike, read_results, without_paths, write_result
+from phyla.runner import Result, Runner
+from phyla.storage import read_json, storage_error
+from phyla.training.device import Device
+from phyla.types import Scores
+
+log = logging.getLogger("phyla")
+
+
+def reproduce(experiment: Experiment, seeds: Sequence[int], *, runs: Path, results: Path, device: Device,
+              data_dir: Path | None = None, download: bool = True, command: Sequence[str] = ()) -> list[RunResult]:
+    """Run what is not done yet of each seed, write a result for each, and return the results.
+
+    Parameters
+    ----------
+    runs : each seed's run folder is ``runs``/RECIPE/seed-N; every change of a recipe goes on in the same one
+    results : where NAME/seed-N.json is written
+    data_dir, download, command : as the runner takes them
+
+    Raises
+    ------
+    InputError
+        ``results`` holds runs of the same name that differ in more than their seed; told before any work.
+    """
+    name = experiment.name
+    for seed in seeds:
+        check_pipeline(experiment.pipeline(seed))
+    kept = read_results(results, [name]).get(name, [])
+    for other in kept:
+        if other.seed not in seeds:
+            check_alike(_promised(experiment, seeds[0], device), other)
+    made = []
+    for seed in track(seeds, f"{name}, seeds", unit="seed"):
+        pipeline, folder = experiment.pipeline(seed), runs / experiment.recipe / f"seed-{seed}"
+        log.info("%s, seed %d, in %s", name, seed, folder)
+        runner = Runner(pipeline, folder, device=device, data_dir=data_dir, download=download, command=command)
+        lend_encoders(pipeline, folder, runs)
+        outcome = runner.go("evaluate")
+        result = _result(experiment, seed, outcome, pipeline, device)
+        log.info("result: %s", write_result(result, results))
+        made.append(result)
+    return made
+
+
+def _promised(experiment: Experiment, seed: int, device: Device) -> RunResult:
+    """Return the result that is to be made, without scores: to be compared with those there are."""
+    return RunResult(
+        name=experiment.name, recipe=experiment.recipe, ablation=experiment.ablation, protocol=experiment.protocol,
+        selection=experiment.selection, overrides=experiment.changes, seed=seed, scores=(), seconds={}, devices={},
+        precision=device.precision, machine="", versions={}, options=experiment.pipeline(seed).options())
+
+
+def _result(experiment: Experiment, seed: int, outcome: Result, pipeline: Pipeline, device: Device) -> RunResult:
+    told = read_json(outcome.path / "run.json")
+    scores = tuple(_scored(row, pipeline) for row in outcome.scores)
+    if not any("hungarian_accuracy" in row.values for row in scores):
+        log.warning("no true labels of %s were found: the result has no accuracy", pipeline.data.source)
+    return RunResult(
+        name=experiment.name, recipe=experiment.recipe, ablation=experiment.ablation, protocol=experiment.protocol,
+        selection=experiment.selection, overrides=tuple(map(_without_folder, experiment.changes)), seed=seed,
+        scores=scores, seconds={name: stage["seconds"] for name, stage in told["stages"].items()},
+        devices={name: stage["device"] for name, stage in told["stages"].items()}, precision=device.precision,
+        machine=told["machine"], versions=told["versions"], options=without_paths(told["options"]))
+
+
+def _scored(row: Scores, pipeline: Pipeline) -> Scored:
+    held_out = row.split == pipeline.data.held_out
+    method, _, oracle = row.method.partition(" (oracle")
+    selection = "oracle" if oracle else _selections(pipeline).get(method, "")
+    return Scored(row.method, row.split, "train-test" if held_out else clustered_protocol(pipeline), selection,
+                  row.n_images, dict(row.values))
+
+
+def _selections(pipeline: Pipeline) -> dict[str, str]:
+    """Return what chose the result of each stage, by the title of the result."""
+    found = {}
+    for stage in RESULTS:
+        method = getattr(pipeline, stage)
+        chosen = getattr(method, "select", getattr(method, "keep", None))
+        if chosen is not None or stage == "robust":
+            found[pipeline.title(stage) if method else ""] = "last" if chosen in ("last", None) else "label-free"
+    return found
+
+
+def _without_folder(change: str) -> str:
+    key, _, value = change.partition("=")
+    return f"{key}={without_paths(value)}"
+
+
+# ── encoders of other runs ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def lend_encoders(pipeline: Pipeline, folder: Path, runs: Path) -> None:
+    """Put the finished encoders of other runs below ``runs`` with the same options into a run folder, as links.
+
+    A stage is found by the fingerprint of its options and images, so that one of other images is not taken.
+    """
+    method = pipeline.pretrain
+    wanted = json.loads(json.dumps({"method": type(method).__name__} | asdict(method)))
+    stages = folder / "stages"
+    for made in _encoders(runs, wanted):
+        if (stages / made.name / "done.json").exists():
+            continue
+        partial = stages / f".{made.name}.part"
+        try:
+            stages.mkdir(parents=True, exist_ok=True)
+            for place in (partial, stages / made.name):  # of a stop in the middle: of lending, or of training
+                shutil.rmtree(place, ignore_errors=True)
+            shutil.copytree(made, partial, copy_function=_link)
+            partial.rename(stages / made.name)
+        except OSError as error:
+            raise storage_error(stages, error) from error
+
+
+def _encoders(runs: Path, wanted: dict[str, Any]) -> Iterator[Path]:
+    for done in sorted(runs.glob("*/seed-*/stages/pretrain-*/done.json")):
+        if read_json(done).get("options") == wanted:
+            yield done.parent
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # not on this file system
+        shutil.copyfile(source, target)
