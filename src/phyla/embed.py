@@ -66,8 +66,9 @@ def _kept_rows(images: ImageSet, encoder: nn.Module, views: Views, device: Devic
     rows = kept.find(digests)
     first = {digest: row for row, digest in reversed(list(enumerate(digests)))}  # an image that is there twice, once
     missing = np.array(sorted(row for digest, row in first.items() if digest not in rows), np.int64)
-    if len(missing) < len(images):
-        log.info("embeddings of %d of %d images are kept from before", len(images) - len(missing), len(images))
+    if rows:
+        log.info("embeddings of %d of %d images are kept from before", sum(digest in rows for digest in digests),
+                 len(images))
     with evaluating(encoder, device), bar("embed", total=len(images), unit="image",
                                           done=len(images) - len(missing)) as shown:
         at_once = min(batch_size, 4 * _MULTIPLE) if device.device.type == "cpu" else batch_size  # seconds of work
