@@ -234,8 +234,8 @@ class TEMI(ClusterMixin, BaseEstimator):
         On sets of thousands they end far better than the published ones, by the loss as by labels: a teacher of
         momentum 0.996 needs a hundred thousand steps. The numbers are in docs/methods/temi.md.
         """
-        return cls(n_clusters=n_clusters, n_heads=4, teacher_momentum=0.9, n_components=256, lr=3e-3, n_steps=800,
-                   batch_size=max(256, 4 * n_clusters), random_state=random_state)
+        return cls(n_clusters=n_clusters, n_heads=4, teacher_momentum=0.9, hidden=(256, 128), n_components=128, lr=3e-3,
+                   n_steps=800, batch_size=max(256, 4 * n_clusters), random_state=random_state)
 
     def fit(self, embeddings: Space, y: None = None, *, neighbors: Neighbors | None = None,
             device: Device | None = None, folder: Path | None = None) -> "TEMI":
