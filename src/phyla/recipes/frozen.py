@@ -7,7 +7,7 @@ from phyla.cluster.nnm import NNM
 from phyla.cluster.scan import SCAN
 from phyla.cluster.temi import TEMI
 from phyla.cluster.turtle import TURTLE
-from phyla.members import Members
+from phyla.members import LINEAR, Members
 from phyla.pipeline import Clusterer, Data, EmbedOptions, NeighborOptions, Pipeline
 from phyla.pretrain.frozen import Frozen
 from phyla.refine.consensus import Consensus
@@ -76,7 +76,7 @@ def frozen_scan() -> Pipeline:
     Command: phyla run FOLDER --recipe frozen-scan --classes 10            Cost: embedding, and a minute on two cores.
     Expected: see docs/methods/consensus.md.
     """
-    return _with(SCAN(update="heads"), "frozen-scan")
+    return _with(SCAN(**LINEAR), "frozen-scan")
 
 
 def frozen_nnm() -> Pipeline:
@@ -85,7 +85,7 @@ def frozen_nnm() -> Pipeline:
     Command: phyla run FOLDER --recipe frozen-nnm --classes 10            Cost: embedding, and a minute on two cores.
     Expected: see docs/methods/consensus.md.
     """
-    return _with(NNM(update="heads", n_epochs=10, lr=1e-3), "frozen-nnm")
+    return _with(NNM(n_epochs=20, **LINEAR), "frozen-nnm")
 
 
 def _with(method: Clusterer, name: str) -> Pipeline:
