@@ -37,8 +37,8 @@ gpu: $(READY)  ## run the tests that need a CUDA device
 bench: $(READY)  ## measure speed against other libraries, side by side, into docs/concepts/speed.md
 	$(BIN)/python bench/cards.py measure
 
-table: $(READY)  ## write README's table anew from results/*.json
-	$(BIN)/python results/table.py
+table: $(READY)  ## write README's table anew and those of docs/ from results/
+	$(BIN)/phyla reproduce --table
 
 clean:  ## remove the environment and caches; runs stay
 	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache src/*.egg-info

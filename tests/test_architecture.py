@@ -20,7 +20,7 @@ LAYERS = (
     {"classifier", "zoo", "rundir"}, {"evaluate"}, {"report"},
     {"pipeline"}, {"recipes"}, {"overrides", "published"}, {"stages", "recorded", "top", "results"}, {"runner"},
     {"labelling"}, {"prediction", "inventory", "onnx_file", "image_table", "asked"}, {"exports", "experiment"},
-    {"reproduce", "standings"}, {"display", "launch"}, {"cli"},
+    {"reproduce", "standings"}, {"resulttables"}, {"display", "launch"}, {"cli"},
 )
 """Bottom to top: a module imports from layers below its own, and from its own folder."""
 

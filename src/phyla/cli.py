@@ -216,7 +216,7 @@ def cut(run: Annotated[Path, typer.Argument(metavar="RUN", help="the folder of a
 
 
 @app.command()
-def reproduce(recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="a recipe (`phyla list recipes`)")],
+def reproduce(recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="a recipe (`phyla list recipes`)")] = "",
               seeds: Annotated[str, typer.Option(metavar="N|LIST", help="5: the seeds 0 to 4; 0,3,7: these")] = "5",
               ablation: Annotated[str, typer.Option(metavar="NAME", help="a named change of the recipe")] = "",
               protocol: Annotated[str, typer.Option(metavar="train-test|train+test|on-train", help="which images are "
@@ -228,6 +228,8 @@ def reproduce(recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="a re
               out: Annotated[Path, typer.Option("--out", "-o", help="folder of the run folders")] = Path("runs"),
               results: Annotated[Path, typer.Option(help="folder of the results")] = Path("results"),
               device: DeviceName = "auto", precision: Precision = "auto", engine: EngineName = "auto",
+              table: Annotated[bool, typer.Option("--table", help="run nothing: write the tables of README.md and "
+                                                  "docs/ from the results")] = False,
               offline: Offline = False, quiet: Quiet = False, as_json: AsJson = False) -> None:
     """Run a recipe over several seeds, and hold mean and spread against the published number.
 
@@ -236,6 +238,8 @@ def reproduce(recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="a re
     """
     from phyla.display import showing
 
+    if table or not recipe:
+        return _tables(results, recipe, asked=table)
     with showing(quiet=quiet):
         from phyla.experiment import Experiment, seeds_of
         from phyla.reproduce import reproduce
@@ -247,6 +251,19 @@ def reproduce(recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="a re
                          device=launch.joined(device, precision, engine=engine), data_dir=data, download=not offline,
                          command=["phyla", *sys.argv[1:]])
     print(_json(standing_facts(asked, made)) if as_json else "\n".join(standing_lines(asked, made)))
+    return None
+
+
+def _tables(results: Path, recipe: str, *, asked: bool) -> None:
+    """Write the tables of the repository from its results, and print the pages that changed."""
+    from phyla.errors import InputError
+    from phyla.resulttables import write_tables
+
+    if recipe or not asked:
+        raise InputError(f"--table writes every table, and takes no recipe: {recipe}" if recipe else
+                         "which recipe to reproduce is not said", "phyla reproduce scan-cifar10 --seeds 5, or --table")
+    for page in write_tables(results):
+        print(page)
 
 
 class Listed(StrEnum):

@@ -7,6 +7,7 @@ one. Any other change that has no name of its own ends it in ``-changed``.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from phyla.asked import as_pair
 from phyla.errors import InputError, nearest
@@ -45,39 +46,60 @@ class Experiment:
 
     def pipeline(self, seed: int) -> Pipeline:
         """Return what is run with one seed; InputError where a part of it cannot be."""
-        return _laid(self._named(seed), self.changes)
+        return _laid(self.named(seed), self.changes)
 
     @property
     def name(self) -> str:
         """What the results are called: recipe-ablation-protocol-selection, -short or -changed where that is so."""
-        asked = (self.recipe, self.ablation, self.protocol, self.selection)
-        name = self.called or "-".join(part for part in asked if part)
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+_-]*", name):
-            raise InputError(f"results cannot be called {name!r}", "letters, digits, . + _ and -")
-        if self.is_short:
-            return name if name.endswith("-short") else f"{name}-short"
-        unnamed = not self.called and self.pipeline(0).options() != self._named(0).options()
-        return f"{name}-changed" if unnamed else name
+        return _name(self)
 
     @property
     def is_short(self) -> bool:
         """Whether it trains for less than the recipe with its ablation, or on fewer images."""
-        return is_shorter(self.pipeline(0), _laid(pipeline_of(self.recipe), self._ablated()))
+        return _is_short(self)
 
     @property
     def is_as_named(self) -> bool:
         """Whether it is the recipe with its ablation and nothing else, which is what published numbers are of."""
-        as_named = _laid(with_seed(pipeline_of(self.recipe), 0), self._ablated())
-        return self.pipeline(0).options() == as_named.options()
+        return _is_as_named(self)
 
-    def _named(self, seed: int) -> Pipeline:
-        """Return the pipeline without the unnamed changes."""
-        pipeline = _laid(with_seed(pipeline_of(self.recipe), seed), self._ablated())
+    def told(self) -> str:
+        """Return the name before it is known whether the schedule is short; InputError where it is none."""
+        asked = (self.recipe, self.ablation, self.protocol, self.selection)
+        name = self.called or "-".join(part for part in asked if part)
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+_-]*", name):
+            raise InputError(f"results cannot be called {name!r}", "letters, digits, . + _ and -")
+        return name
+
+    def ablated(self, seed: int = 0) -> Pipeline:
+        """Return the recipe with its ablation alone."""
+        changes = changes_of(self.recipe, self.ablation) if self.ablation else ()
+        return _laid(with_seed(pipeline_of(self.recipe), seed), changes)
+
+    def named(self, seed: int = 0) -> Pipeline:
+        """Return the pipeline without the changes that have no name of their own."""
+        pipeline = self.ablated(seed)
         pipeline = with_protocol(pipeline, self.protocol) if self.protocol else pipeline
         return with_selection(pipeline, self.selection) if self.selection else pipeline
 
-    def _ablated(self) -> tuple[str, ...]:
-        return changes_of(self.recipe, self.ablation) if self.ablation else ()
+
+@cache
+def _name(asked: Experiment) -> str:
+    name = asked.told()
+    if asked.is_short:
+        return name if name.endswith("-short") else f"{name}-short"
+    unnamed = not asked.called and asked.pipeline(0).options() != asked.named().options()
+    return f"{name}-changed" if unnamed else name
+
+
+@cache
+def _is_short(asked: Experiment) -> bool:
+    return is_shorter(asked.pipeline(0), asked.ablated())
+
+
+@cache
+def _is_as_named(asked: Experiment) -> bool:
+    return asked.pipeline(0).options() == asked.ablated().options()
 
 
 def _laid(pipeline: Pipeline, changes: Sequence[str]) -> Pipeline:

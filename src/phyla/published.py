@@ -5,7 +5,7 @@ none; ``ablations.toml`` the changes of a recipe that a paper, or a question abo
 """
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
@@ -25,7 +25,9 @@ METRICS: Mapping[str, tuple[str, str]] = {
     "acc": ("hungarian_accuracy", "accuracy"), "nmi": ("nmi", "NMI"), "ari": ("ari", "ARI"), "ami": ("ami", "AMI"),
     "top5": ("top5_accuracy", "top-5 accuracy"), "many": ("many_to_one_accuracy", "many-to-one accuracy"),
     "ece": ("expected_calibration_error", "calibration error"), "knn": ("knn_accuracy_200_memory", "kNN accuracy"),
-    "purity": ("neighbor_purity", "neighbor purity")}
+    "knn200": ("knn_accuracy_200", "kNN accuracy"), "purity": ("neighbor_purity", "neighbor purity"),
+    **{f"fgsm{n}": (f"fgsm_drop_{n / 10:g}", f"drop at {n / 10:g}") for n in range(1, 6)},
+    **{f"bim{n}": (f"bim_drop_{n / 100:g}", f"drop at {n / 100:g}") for n in range(1, 6)}}
 """Short names in ``published.toml``: of a score as a run calls it, and in words."""
 
 
@@ -78,7 +80,7 @@ def published() -> tuple[Published, ...]:
     rows = []
     for table in _read("published.toml")["tables"]:
         common = {key: value for key, value in table.items() if key != "rows"}
-        rows += [_row(common | row) for row in table["rows"]]
+        rows += [_row(told) for row in table["rows"] for told in _of_each_set(common | row)]
     return tuple(rows)
 
 
@@ -103,6 +105,18 @@ def ablation(recipe: str, name: str) -> tuple[str, ...]:
     if name not in known:
         raise InputError(f"recipe {recipe} has no ablation {name!r}", nearest(name, list(known)))
     return known[name]
+
+
+def _of_each_set(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the row once for each data set that its numbers are of; as it is where they name none."""
+    by_set = {key: row[key] for key in METRICS if isinstance(row.get(key), dict)}
+    if not by_set:
+        yield row
+        return
+    rest = {key: value for key, value in row.items() if key not in by_set}
+    for data in dict.fromkeys(name for numbers in by_set.values() for name in numbers):
+        own = {key: numbers[data] for key, numbers in by_set.items() if data in numbers}
+        yield rest | own | {"data": data, "recipe": rest.get("recipe", "").format(data=data)}
 
 
 def _row(told: dict[str, Any]) -> Published:

@@ -68,16 +68,6 @@ class RunResult:
     versions: Mapping[str, str]
     options: Mapping[str, Any]
 
-    @property
-    def command(self) -> str:
-        """The command that runs it again, without the seeds."""
-        parts = ["phyla reproduce", self.recipe]
-        for option, value in (("ablation", self.ablation), ("protocol", self.protocol), ("selection", self.selection)):
-            parts += [f"--{option} {value}"] if value else []
-        parts += [f"--set {change}" for change in self.overrides]
-        parts += ["--precision bf16"] if self.precision == "bf16" else []
-        return " ".join(parts)
-
 
 def write_result(result: RunResult, folder: Path) -> Path:
     """Write ``folder``/NAME/seed-N.json, a line a fact and a row, and return its path."""

@@ -12,7 +12,7 @@ def nnm_digits() -> Pipeline:
     """Cluster scikit-learn's 1,797 digits with NNM from scan-digits' encoder; the settings are ours.
 
     Command: phyla run nnm-digits            Cost: minutes on two cores.
-    Expected: see results/nnm-digits.json; k-means on pixels 0.793.
+    Expected: see results/nnm-digits; k-means on pixels 0.793.
     """
     first = scan_digits()
     return replace(first, name="nnm-digits", refine=None,

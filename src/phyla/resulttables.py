@@ -1,0 +1,207 @@
+"""The tables of README and the documentation, written from the files of ``results/`` between markers.
+
+A page asks for a table by a pair of comments. ``results: begin scan-* nnm-digits`` takes the results of these names,
+all without a name; ``published: begin SCAN RUC`` what these papers say, beside ours; ``frozen results: begin`` what
+results/frozen.py measured of frozen encoders.
+"""
+
+import re
+import shlex
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from phyla.errors import DataNotFoundError, InputError
+from phyla.experiment import Experiment
+from phyla.published import METRICS, Published, published
+from phyla.results import RunResult, read_results
+from phyla.standings import Spread, spreads, standings
+from phyla.storage import read_json, write_text
+
+SCORES = {"hungarian_accuracy": "Hungarian accuracy", "nmi": "NMI", "ari": "ARI"}
+ORDER = {"cifar10": "CIFAR-10", "stl10": "STL-10", "cifar20": "CIFAR-20", "fashion-mnist": "Fashion-MNIST",
+         "clothing": "clothing"}
+METHODS = ("k-means", "spherical k-means", "TEMI", "TURTLE", "SCAN", "NNM", "best member", "consensus")
+ENCODERS = {"lite0,mobilenetv2": "EfficientNet-Lite0 and MobileNetV2 together", "lite0": "EfficientNet-Lite0",
+            "mobilenetv2": "MobileNetV2"}
+SHOWN = "lite0,mobilenetv2"
+FROZEN_SCORES = {"hungarian_accuracy": "Hungarian accuracy", "nmi": "NMI", "ari": "ARI",
+                 "expected_calibration_error": "expected calibration error", "seconds": "seconds, one thread"}
+KNN = re.compile(r"knn_accuracy_(\d+)(_memory|_recomputed)?")
+BANKS = {None: "the embeddings", "_memory": "the memory bank", "_recomputed": "the memory bank, recomputed"}
+BLOCK = re.compile(r"(<!-- (results|published|frozen results): begin(?: ([^(]+?))? \(written by `make table`\) -->\n)"
+                   r".*?(\n<!-- results: end -->)", re.DOTALL)
+
+
+def write_tables(results: Path) -> list[Path]:
+    """Write every table of the repository that ``results`` is a folder of anew; return the pages that changed.
+
+    Raises
+    ------
+    DataNotFoundError
+        No page beside or below ``results`` asks for a table.
+    """
+    changed = []
+    asking = [path for path in _pages(results.absolute().parent) if BLOCK.search(path.read_text(encoding="utf-8"))]
+    if not asking:
+        raise DataNotFoundError(f"no page beside {results} has a place for a table",
+                                "call it in the repository, or name its folder of results: --results DIR")
+    for path in asking:
+        before = path.read_text(encoding="utf-8")
+        after = written(before, results, whole=path.name != "README.md")
+        if after != before:
+            write_text(path, after)
+            changed.append(path)
+    return changed
+
+
+def stale(results: Path) -> list[Path]:
+    """Return the pages whose tables are not what ``results`` gives."""
+    pages = [(path, path.read_text(encoding="utf-8")) for path in _pages(results.absolute().parent)]
+    return [path for path, text in pages if written(text, results, whole=path.name != "README.md") != text]
+
+
+def written(page: str, results: Path, *, whole: bool = True) -> str:
+    """Return a page with each of its tables written anew; ``whole`` shows every encoder, not the best pair alone."""
+    def block(found: re.Match[str]) -> str:
+        words = (found[3] or "").split()
+        if found[2] == "results":
+            text = results_table(results, words)
+        elif found[2] == "published":
+            text = published_table(results, words)
+        else:
+            text = frozen_tables(results) if whole else frozen_table(results, SHOWN)
+        return f"{found[1]}{text}{found[4]}"
+
+    return BLOCK.sub(block, page)
+
+
+def _pages(root: Path) -> list[Path]:
+    return [path for path in (root / "README.md", *sorted((root / "docs").rglob("*.md"))) if path.is_file()]
+
+
+# ── results ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def results_table(results: Path, names: Sequence[str] = ()) -> str:
+    """Return the Markdown table of the results of some names, and below it the command that makes each again.
+
+    A row that stands in several results is shown once: that of an encoder stands with every method that starts from it.
+    """
+    held = {name: found for name, found in read_results(results).items()
+            if not names or any(fnmatchcase(name, pattern) for pattern in names)}
+    if not held:
+        raise InputError(f"no results in {results}" + (f" are called {' or '.join(names)}" if names else ""),
+                         "make some: phyla reproduce RECIPE --seeds 3")
+    seen: set[str] = set()
+    lines = ["| recipe | images | method | " + " | ".join(SCORES.values()) + " | kNN accuracy | seeds |",
+             "| --- | --- | --- | " + "--- | " * len(SCORES) + "--- | --- |"]
+    for name, found in held.items():
+        for row, values in spreads(found):
+            for cells in _lines(row.method, values):
+                told = f"{row.n_images:,} {row.split} | " + " | ".join(cells) + f" | {len(found)} |"
+                if told not in seen:
+                    lines.append(f"| {name} | {told}")
+                seen.add(told)
+    commands = [command_of(found) for found in held.values()]
+    return "\n".join([*lines, "", "Each again:", "", "```", *commands, "```"])
+
+
+def _lines(method: str, values: Mapping[str, Spread]) -> list[list[str]]:
+    """Return the cells of a row of scores: one line of an assignment, one of each kNN probe of an encoder."""
+    if "hungarian_accuracy" in values:
+        return [[method, *(values[key].text() if key in values else "" for key in SCORES), ""]]
+    probes = [(match, values[name]) for name in sorted(values) if (match := KNN.fullmatch(name))]
+    return [[f"{match[1]} nearest in {BANKS[match[2]]}", *[""] * len(SCORES), found.text()] for match, found in probes]
+
+
+def experiment_of(result: RunResult) -> Experiment:
+    """Return what a result is one of."""
+    called = Experiment(result.recipe, result.ablation, result.protocol, result.selection, result.overrides)
+    return called if called.name == result.name else Experiment(
+        result.recipe, result.ablation, result.protocol, result.selection, result.overrides, result.name)
+
+
+def command_of(results: Sequence[RunResult]) -> str:
+    """Return the command that makes the results of one name again."""
+    first, asked = results[0], experiment_of(results[0])
+    seeds = [result.seed for result in results]
+    told = str(len(seeds)) if seeds == list(range(len(seeds))) else ",".join(map(str, seeds))
+    parts = ["phyla", "reproduce", first.recipe, "--seeds", told if len(seeds) > 1 or told == "1" else f"{told},"]
+    for option, value in (("ablation", asked.ablation), ("protocol", asked.protocol), ("selection", asked.selection),
+                          ("name", asked.called)):
+        parts += [f"--{option}", value] if value else []
+    for change in asked.changes:
+        parts += ["--set", change]
+    parts += ["--precision", "bf16"] if first.precision == "bf16" else []
+    return shlex.join(parts)
+
+
+# ── what the papers say ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def published_table(results: Path, papers: Sequence[str] = ()) -> str:
+    """Return the Markdown table of what some papers say, a row a number's row, with recipe and ours, or why not."""
+    held = read_results(results)
+    lines = ["| where | method | data | published, percent | protocol, chosen by | runs | here | ours |",
+             "| --- | --- | --- | --- | --- | --- | --- | --- |"]
+    for row in published():
+        if not papers or row.paper in papers:
+            lines.append("| " + " | ".join(_cells(row, held)) + " |")
+    return "\n".join(lines)
+
+
+def _cells(row: Published, held: Mapping[str, list[RunResult]]) -> Iterator[str]:
+    yield f"{row.paper}: {row.table}"
+    yield row.method
+    yield ORDER.get(row.data, row.data)
+    yield ", ".join(f"{METRICS[key][1]} {figure.value:g}" + (f" ± {figure.sd:g}" if figure.sd is not None else "")
+                    for key, figure in row.figures.items())
+    yield f"{row.protocol}, {row.selection}"
+    yield f"{row.of} of {row.seeds}" if row.seeds else row.of
+    ablation = f" --ablation {row.ablation}" if row.ablation else ""
+    yield f"`{row.recipe}{ablation}`" if row.recipe else row.why
+    yield ", ".join(_ours(row, held)) if row.recipe else ""
+
+
+def _ours(row: Published, held: Mapping[str, list[RunResult]]) -> Iterator[str]:
+    asked = Experiment(row.recipe, row.ablation)
+    found = held.get(asked.name, [])
+    for standing in standings(asked, found) if found else ():
+        if standing.row is row and standing.ours is not None:
+            yield f"{METRICS[standing.metric][1]} {standing.ours.text(1)} ({standing.verdict})"
+
+
+# ── frozen encoders ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def frozen_table(results: Path, encoder: str, score: str = "hungarian_accuracy", *, digits: int = 3) -> str:
+    """Return the Markdown table of one score, a line a method and a column a data set, of results/frozen/*.json."""
+    read = [read_json(path) for path in sorted((results / "frozen").glob("*.json"))]
+    held = {result["set"]: result for result in read if result["encoder"] == encoder}
+    names = sorted(held, key=lambda name: list(ORDER).index(name))
+    rows: dict[str, dict[str, Any]] = {name: {row["method"]: row["values"][score] for row in held[name]["rows"]}
+                                       for name in names}
+    methods = [method for method in METHODS if any(method in row for row in rows.values())]
+    lines = ["| " + " | ".join(["method", *(ORDER[name] for name in names)]) + " |", "| --- " * (len(names) + 1) + "|"]
+    for method in methods:
+        cells = [_mean_and_spread(row[method], digits) if method in row else "" for row in rows.values()]
+        lines.append("| " + " | ".join([method, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def frozen_tables(results: Path) -> str:
+    """Return the tables of every encoder: accuracy, the other scores, and seconds."""
+    parts = []
+    for encoder, title in ENCODERS.items():
+        for score, name in FROZEN_SCORES.items():
+            digits = 0 if score == "seconds" else 3
+            parts.append(f"**{title}**: {name}\n\n{frozen_table(results, encoder, score, digits=digits)}")
+    return "\n\n".join(parts)
+
+
+def _mean_and_spread(values: list[float], digits: int = 3) -> str:
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{spread}"
