@@ -218,6 +218,29 @@ def test_a_changed_option_runs_only_what_depends_on_it(run, option, value, stage
     assert json.loads((run / "run.json").read_text())["options"] == json.loads(json.dumps(small().options()))
 
 
+def test_a_run_takes_what_another_recipes_run_has_made(run, tmp_path):
+    before = stage_files(run)
+    pipeline = change(change(change(small(), "cluster", "nnm"), "cluster.n_epochs", 1), "refine", "none")
+    runner = Runner(pipeline, tmp_path / "nnm")
+    runner.run.lenders = (run,)
+    runner.go("cluster")
+    assert {name for name, stage in runner.run.stages.items() if stage.was_kept} == {"pretrain", "embed", "neighbors"}
+    alone = Runner(pipeline, tmp_path / "alone")
+    alone.go("cluster")
+    models = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("nnm", "alone")]
+    assert models[0] == models[1]
+    assert stage_files(run) == before
+
+
+def test_small_recipes_go_the_whole_way(tmp_path, plain_report):
+    mnist(tmp_path / "data", 40, 20)
+    (tmp_path / "data" / "mnist").rename(tmp_path / "data" / "fashion-mnist")
+    told = {"pretrain__batch_size": 20, "data__limit": 20, "robust__n_epochs": 1, "robust__batch_size": 20}
+    pipeline = small("ruc-fashion-small", **told)
+    result = Runner(pipeline, tmp_path / "run", data_dir=tmp_path / "data").go()
+    assert [row.n_images for row in result.scores if row.method == "SCAN + self-label + RUC"] == [20, 20]
+
+
 def test_another_seed_is_another_run_of_every_stage(run):
     said = call("cluster", run, "--seed", "1", "--quiet")
     assert said.code == 0 and len(list(run.glob("stages/pretrain-*"))) == 2

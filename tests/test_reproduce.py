@@ -9,9 +9,8 @@ from commands import call
 from phyla.errors import InputError
 from phyla.experiment import Experiment
 from phyla.pipeline import check_pipeline
-from phyla.reproduce import lend_encoders, reproduce
+from phyla.reproduce import reproduce
 from phyla.results import read_result, read_results
-from phyla.rundir import RunDir
 from phyla.training.device import choose_device
 
 KM = ("pretrain.n_epochs=1", "pretrain.batch_size=20", "pretrain.encoder.width=4", "cluster=kmeans", "refine=none",
@@ -84,30 +83,6 @@ def test_another_recipe_takes_the_encoder_that_is_there(made, tmp_path, monkeypa
     [result] = reproduce(Experiment("nnm-digits", changes=KM), (4,), runs=tmp_path / "runs",
                          results=tmp_path / "results", device=choose_device("cpu"))
     assert result.name == "nnm-digits-short"
-
-
-def test_an_encoder_of_other_options_is_not_lent(made, tmp_path):
-    shutil.copytree(made / "runs", tmp_path / "runs")
-    other = Experiment("nnm-digits", changes=(*KM, "pretrain.lr=0.2")).pipeline(0)
-    lend_encoders(other, tmp_path / "runs" / "nnm-digits" / "seed-0", tmp_path / "runs")
-    assert not list((tmp_path / "runs").glob("nnm-digits/seed-0/stages/*"))
-
-
-def test_a_stop_while_an_encoder_is_lent_leaves_nothing_half(made, tmp_path, monkeypatch):
-    shutil.copytree(made / "runs", tmp_path / "runs")
-    asked, folder = Experiment("nnm-digits", changes=KM).pipeline(0), tmp_path / "runs" / "nnm-digits" / "seed-0"
-    RunDir(folder, {"format": 1})
-
-    def stopped(*_):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("phyla.reproduce._link", stopped)
-        lend_encoders(asked, folder, tmp_path / "runs")
-    assert not list(folder.glob("stages/pretrain-*"))
-    lend_encoders(asked, folder, tmp_path / "runs")
-    [lent] = folder.glob("stages/*")
-    assert (lent / "done.json").exists()
 
 
 def test_runs_of_one_name_that_differ_are_refused_before_any_work(made, monkeypatch):

@@ -167,6 +167,49 @@ def test_some_stages_may_not_be_made_and_some_are_made_again(tmp_path):
     assert len(calls) == 3
 
 
+def test_a_stage_that_another_run_has_is_taken(tmp_path):
+    calls, theirs = [], RunDir(tmp_path / "theirs", IDENTITY)
+    lent = theirs.stage("pretrain", {"a": 1}, ["x"], maker(calls))
+    run = RunDir(tmp_path / "own", IDENTITY | {"recipe": "nnm-digits"})
+    run.lenders = (tmp_path / "nobody", tmp_path / "own", tmp_path / "theirs")
+    taken = run.stage("pretrain", {"a": 1}, ["x"], maker(calls))
+    assert taken.was_kept and taken.facts == lent.facts and len(calls) == 1
+    assert (taken.folder / "out.txt").read_text() == "made" and taken.folder.parent.parent == tmp_path / "own"
+    assert not run.stage("pretrain", {"a": 2}, ["x"], maker(calls)).was_kept
+    assert not run.stage("pretrain", {"a": 1}, ["y"], maker(calls)).was_kept
+    run.remake = {"pretrain"}
+    assert not run.stage("pretrain", {"a": 1}, ["x"], maker(calls, "again")).was_kept
+    assert (lent.folder / "out.txt").read_text() == "made"
+
+
+def test_a_stop_while_a_stage_is_taken_leaves_none_half(tmp_path, monkeypatch):
+    RunDir(tmp_path / "theirs", IDENTITY).stage("embed", {}, [], maker([]))
+    run = RunDir(tmp_path / "own", IDENTITY)
+    run.lenders = (tmp_path / "theirs",)
+
+    def stopped(source, target):
+        if source.name == "done.json":
+            raise KeyboardInterrupt
+        place(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("phyla.rundir.place", stopped)
+        run.stage("embed", {}, [], maker([]))
+    assert [path.name for path in (tmp_path / "own").glob("stages/*/*")] == ["out.txt"]
+    assert run.stage("embed", {}, [], maker([])).was_kept
+
+
+@pytest.mark.parametrize("harm", ["change", "delete", "done", "unfinished"])
+def test_a_stage_that_another_run_has_damaged_is_made(tmp_path, harm):
+    lent = RunDir(tmp_path / "theirs", IDENTITY).stage("embed", {}, [], maker([]))
+    out, done = lent.folder / "out.txt", lent.folder / "done.json"
+    {"change": lambda: out.write_text("mads"), "delete": out.unlink, "done": lambda: done.write_text("null"),
+     "unfinished": done.unlink}[harm]()
+    run = RunDir(tmp_path / "own", IDENTITY)
+    run.lenders = (tmp_path / "theirs",)
+    assert not run.stage("embed", {}, [], maker([])).was_kept
+
+
 @pytest.mark.parametrize("harm", ["change", "delete", "done", "done {}", "done null"])
 def test_a_damaged_stage_is_named_and_mended_by_its_hint(tmp_path, harm):
     stage = RunDir(tmp_path, IDENTITY).stage("embed", {}, [], maker([]))

@@ -1,25 +1,20 @@
 """Run a recipe over several seeds, a run folder each, and keep what each run scored as a result.
 
 Every seed changes everything, the encoder too. Given again after a stop or a kill, it goes on where it was. Runs of
-other recipes, changes and seeds below the same folder lend their encoders: one that would come out the same is not
-trained again.
+other recipes, changes and seeds below the same folder lend what they have made: an encoder, or a clustering, that would
+come out the same is not made again.
 """
 
-import json
 import logging
-import os
-import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from phyla.experiment import Experiment, clustered_protocol
 from phyla.pipeline import RESULTS, Pipeline, check_pipeline
 from phyla.progress import track
 from phyla.results import RunResult, Scored, check_alike, read_results, without_paths, write_result
 from phyla.runner import Result, Runner
-from phyla.storage import read_json, storage_error
+from phyla.storage import read_json
 from phyla.training.device import Device
 from phyla.types import Scores
 
@@ -53,7 +48,7 @@ def reproduce(experiment: Experiment, seeds: Sequence[int], *, runs: Path, resul
         pipeline, folder = experiment.pipeline(seed), runs / experiment.recipe / f"seed-{seed}"
         log.info("%s, seed %d, in %s", name, seed, folder)
         runner = Runner(pipeline, folder, device=device, data_dir=data_dir, download=download, command=command)
-        lend_encoders(pipeline, folder, runs)
+        runner.run.lenders = tuple(sorted(runs.glob("*/seed-*")))
         outcome = runner.go("evaluate")
         result = _result(experiment, seed, outcome, pipeline, device)
         log.info("result: %s", write_result(result, results))
@@ -104,41 +99,3 @@ def _selections(pipeline: Pipeline) -> dict[str, str]:
 def _without_folder(change: str) -> str:
     key, _, value = change.partition("=")
     return f"{key}={without_paths(value)}"
-
-
-# ── encoders of other runs ────────────────────────────────────────────────────────────────────────────────────────
-
-
-def lend_encoders(pipeline: Pipeline, folder: Path, runs: Path) -> None:
-    """Put the finished encoders of other runs below ``runs`` with the same options into a run folder, as links.
-
-    A stage is found by the fingerprint of its options and images, so that one of other images is not taken.
-    """
-    method = pipeline.pretrain
-    wanted = json.loads(json.dumps({"method": type(method).__name__} | asdict(method)))
-    stages = folder / "stages"
-    for made in _encoders(runs, wanted):
-        if (stages / made.name / "done.json").exists():
-            continue
-        partial = stages / f".{made.name}.part"
-        try:
-            stages.mkdir(parents=True, exist_ok=True)
-            for place in (partial, stages / made.name):  # of a stop in the middle: of lending, or of training
-                shutil.rmtree(place, ignore_errors=True)
-            shutil.copytree(made, partial, copy_function=_link)
-            partial.rename(stages / made.name)
-        except OSError as error:
-            raise storage_error(stages, error) from error
-
-
-def _encoders(runs: Path, wanted: dict[str, Any]) -> Iterator[Path]:
-    for done in sorted(runs.glob("*/seed-*/stages/pretrain-*/done.json")):
-        if read_json(done).get("options") == wanted:
-            yield done.parent
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # not on this file system
-        shutil.copyfile(source, target)

@@ -74,6 +74,7 @@ class RunDir:
     may_make : names of the stages that may be made; None: all
     remake : names of the stages that are made even if they are there
     device : in words, what stages are made on; kept with each
+    lenders : other run folders: a stage that one of them has finished, of the same options and inputs, is taken
     """
 
     def __init__(self, path: Path | str, identity: dict[str, object] | None = None, *, group: Group = ALONE) -> None:
@@ -82,6 +83,7 @@ class RunDir:
         self.may_make: set[str] | None = None
         self.remake: set[str] = set()
         self.device = ""
+        self.lenders: tuple[Path, ...] = ()
         if identity is not None:
             by_first(group, lambda: self._claim(identity))
 
@@ -116,8 +118,9 @@ class RunDir:
               make: Callable[[Path], dict[str, object]], *, group: Group = ALONE) -> Stage:
         """Return the finished stage ``name``: kept if its options and inputs are unchanged, made by ``make`` if not.
 
-        ``make`` is given the stage's folder, writes its results there and returns facts for ``done.json``. Where a
-        ``group`` makes the stage together, each process but the first gets a folder of its own that is then deleted.
+        One that a lender has is as good as kept. ``make`` is given the stage's folder, writes its results there and
+        returns facts for ``done.json``. Where a ``group`` makes the stage together, each process but the first gets a
+        folder of its own that is then deleted.
 
         Raises
         ------
@@ -128,7 +131,7 @@ class RunDir:
         check_alike(group, key, what=f"images or options in the {name} stage")
         folder = self.path / "stages" / f"{name}-{key[:10]}"
         done = folder / "done.json"
-        kept = by_first(group, lambda: self._is_kept(name, done))
+        kept = by_first(group, lambda: self._is_kept(name, done) or self._is_lent(name, folder))
         held: dict[str, object] = {"key": key, "options": options, "inputs": list(inputs)}
         if not kept:
             started = time.monotonic()
@@ -150,6 +153,17 @@ class RunDir:
             done.unlink(missing_ok=True)
         except OSError as error:
             raise storage_error(done.parent, error) from error
+        return False
+
+    def _is_lent(self, name: str, folder: Path) -> bool:
+        """Return whether a lender has the stage; its files are then in ``folder``, and ``done.json`` came last."""
+        lenders = () if name in self.remake else self.lenders
+        for theirs in (lender / "stages" / folder.name for lender in lenders):
+            if theirs.resolve() != folder.resolve() and _is_whole(theirs):
+                for path in sorted(theirs.iterdir(), key=lambda path: path.name == "done.json"):
+                    if path.name != "checkpoint.pt" and not path.name.startswith("."):
+                        place(path, folder / path.name)
+                return True
         return False
 
     def _finished(self, name: str, folder: Path, made: Mapping[str, object], *, kept: bool) -> Stage:
@@ -194,6 +208,15 @@ def _digests(folder: Path) -> dict[str, str]:
             with path.open("rb") as file:
                 found[path.name] = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
     return found
+
+
+def _is_whole(folder: Path) -> bool:
+    """Return whether a stage is finished and as it was left; one of another run that is not is no reason to stop."""
+    try:
+        _check(folder, dict(read_json(folder / "done.json")["files"]))
+    except (PhylaError, KeyError, TypeError, ValueError, OSError):
+        return False
+    return True
 
 
 def _check(folder: Path, files: Mapping[str, str]) -> None:
