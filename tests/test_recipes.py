@@ -12,7 +12,7 @@ from phyla.images.augment import STRONG
 from phyla.images.catalog import DATASETS, split_parts
 from phyla.nets.resnet import EncoderSpec
 from phyla.overrides import change, from_file, from_options, with_checkpoint, with_fast, with_seed, with_size
-from phyla.pipeline import Data, Pipeline
+from phyla.pipeline import Data, Pipeline, check_pipeline
 from phyla.pretrain.simclr import SimCLR
 from phyla.recipes import RECIPES, recipe
 from phyla.refine.selflabel import SelfLabel
@@ -208,6 +208,29 @@ def test_ruc_is_the_published_one(name):
     assert (pipeline.refine is None) == ("tsuc" in name)
     if "stl10" in name:
         has(pipeline.data, split="train+test", held_out=None)
+
+
+# All methods at a small size: from one encoder a seed, on the same images, for about the same.
+SIDE_BY_SIDE = [(method, data) for data in ("fashion-small", "cifar10-small")
+                for method in ("scan", "nnm", "ruc", "superand", "tsuc", "ruc-tsuc")]
+
+
+@pytest.mark.parametrize(("method", "data"), SIDE_BY_SIDE)
+def test_methods_side_by_side_see_the_same(method, data):
+    pipeline = recipe(f"{method}-{data}")
+    check_pipeline(pipeline)
+    source = "fashion-mnist" if data.startswith("fashion") else "cifar10"
+    size = None if source == "fashion-mnist" else 24
+    has(pipeline.data, source=source, split="train", held_out="test", pretrain_split=None, limit=2000, size=size)
+    has(pipeline.embed, layer="encoder")
+    first = "superand" if method in ("superand", "tsuc", "ruc-tsuc") else "scan"
+    assert asdict(pipeline.pretrain) == asdict(recipe(f"{first}-{data}").pretrain)
+    assert pipeline.pretrain.encoder.n_features == 128 and pipeline.cluster.n_clusters == 10
+    for of, by in (("scan", "ruc"), ("tsuc", "ruc-tsuc")):
+        if method == by:
+            before = recipe(f"{of}-{data}")
+            assert pipeline.options() | {"recipe": before.name, "robust": None, "methods": 0} == (
+                before.options() | {"methods": 0})
 
 
 @pytest.mark.parametrize(("name", "size"), [("superand-stl10", 32), ("superand-stl10-96", 96)])

@@ -4,11 +4,11 @@ from collections.abc import Callable, Mapping
 
 from phyla.errors import InputError, nearest
 from phyla.pipeline import Pipeline
-from phyla.recipes import frozen, nnm, ruc, scan, superand
+from phyla.recipes import frozen, nnm, ruc, scan, small, superand
 
 RECIPES: Mapping[str, Callable[[], Pipeline]] = {
     function.__name__.replace("_", "-"): function
-    for module in (scan, nnm, superand, ruc, frozen) for function in module.RECIPES
+    for module in (scan, nnm, superand, ruc, small, frozen) for function in module.RECIPES
 }
 
 

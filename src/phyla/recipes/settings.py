@@ -10,6 +10,7 @@ CIFAR100: Normalization = ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
 CIFAR100_SUPERAND: Normalization = ((0.5071, 0.4866, 0.4409), (0.2009, 0.1984, 0.2023))
 SVHN: Normalization = ((0.4377, 0.4438, 0.4728), (0.1201, 0.1231, 0.1052))
 IMAGENET: Normalization = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+FASHION: Normalization = ((0.286, 0.286, 0.286), (0.353, 0.353, 0.353))
 DIGITS: Normalization = ((0.3, 0.3, 0.3), (0.37, 0.37, 0.37))
 
 DIGIT_CROPS = Views("simclr", 8, *DIGITS, flip=0.0, crop_scale=(0.5, 1.0), saturation=0.0, hue=0.0, grey=0.0)
