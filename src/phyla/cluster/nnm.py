@@ -131,16 +131,12 @@ def batch_match(features: Float[Tensor, "batch features"]) -> Int[Tensor, " batc
     """
     if len(features) < 2:
         raise InputError("a batch of one image has no other to match", "use batch_size of at least 2")
-    rows = features.detach()
-    if rows.device.type != "cpu":  # a double is slow on many of them, and a batch is nothing to them
-        apart = torch.cdist(rows.float(), rows.float(), compute_mode="donot_use_mm_for_euclid_dist")
-        return apart.fill_diagonal_(torch.inf).argmin(dim=1)
-    rows = rows.double()
+    rows = (features.cpu() if features.device.type == "mps" else features).detach().double()  # mps has no doubles
     rows = rows - rows.mean(dim=0)
     squares = rows.square().sum(dim=1)
     apart = torch.addmm(squares + squares[:, None], rows, rows.T, alpha=-2)
     steps = apart.mul_(1e10 / squares.max().clamp(min=torch.finfo(torch.float64).tiny)).round_()
-    return steps.fill_diagonal_(torch.inf).argmin(dim=1)
+    return steps.fill_diagonal_(torch.inf).argmin(dim=1).to(features.device)
 
 
 def global_matches(features: Float[Tensor, "images features"], probabilities: Float[Tensor, "images heads clusters"], *,
@@ -172,8 +168,7 @@ def selection_score(probabilities: Float[Tensor, "images clusters"], neighbors: 
     ``quality.neighbor_score`` (to the neighbors and the image itself, less the entropy of the mean, all of weight 1)
     plus ``class_contrast`` of the probabilities with themselves. No table of n x n: rows are gathered, columns summed.
     """
-    p = probabilities.detach()
-    p = p.cpu() if p.device.type == "mps" else p  # which has no float64
+    p = (probabilities.cpu() if probabilities.device.type == "mps" else probabilities).detach()
     products = torch.zeros(p.shape[1], p.shape[1], dtype=torch.float64, device=p.device)
     for start in range(0, len(p), _ROWS):
         part = p[start : start + _ROWS].double()
@@ -455,7 +450,7 @@ class _FromImages(_Pairs):
         return step.view(self.options.views, pixels)
 
     def match_all(self, net: ClusterNet, epoch: int) -> Tensor:
-        """Return the table of targets after ``epoch``, (n_heads, n_images, K)."""
+        """Return the table of targets after ``epoch``, (n_heads, n_images, K): one search, for all processes."""
         options = self.options
         views = options.views if options.global_view == "augmented" else options.views.plain()
         seed = derive_seed(options.random_state, "all images", epoch)
@@ -463,7 +458,6 @@ class _FromImages(_Pairs):
         with torch.no_grad():
             probabilities = net.heads.probabilities(features)
         visited = self.visited(len(features), epoch)
-        # One search is enough for all processes.
         return by_first(self.device.group, lambda: global_matches(features, probabilities, visited=visited))
 
     def watched_probabilities(self, net: ClusterNet) -> Tensor:
