@@ -41,7 +41,7 @@ SETS = {"cifar10": ("cifar10", "test", "auto"), "stl10": ("stl10", "train", "aut
         "clothing": ("clothing/by-class", "train", "folders"),
         "cifar100": ("cifar100", "test", "auto"), "cifar10-train": ("cifar10", "train", "auto"),
         "fashion-mnist-train": ("fashion-mnist", "train", "auto")}
-"""What is opened, which split, and where its labels are from; of each the first 10,000 images, or all."""
+"""What is opened, which split, and where its labels are from; of each the first 10,000 images, or all, or MOST."""
 
 UNSEEN = ("cifar100", "cifar10-train", "fashion-mnist-train")
 """Sets whose scores nobody had looked at when the defaults were settled."""
@@ -49,7 +49,7 @@ UNSEEN = ("cifar100", "cifar10-train", "fashion-mnist-train")
 ENCODERS = ("lite0", "mobilenetv2", "lite0,mobilenetv2", "lite2")
 METHODS = ("kmeans", "spherical", "turtle", "scan", "nnm", "consensus")
 SEEDS = (0, 1, 2)
-MOST = 10_000
+MOST = dict.fromkeys(SETS, 10_000) | dict.fromkeys(UNSEEN, 5_000)
 SHOWN = 160  # pixels at which the encoders are shown the images, fewer than their own 224: twice as fast
 TITLES = {"kmeans": "k-means", "spherical": "spherical k-means", "temi": "TEMI", "turtle": "TURTLE", "scan": "SCAN",
           "nnm": "NNM", "member": "best member", "consensus": "consensus", "pairs": "consensus, confidence of pairs"}
@@ -115,7 +115,7 @@ def _embedded(name: str, encoder: str, data: Path, work: Path) -> tuple[Embeddin
     source, split, labels = SETS[name]
     source = str(data / source) if labels == "folders" else source
     images = open_images(source, split=split, data_dir=data, download=False).images
-    images = images.select(np.arange(min(MOST, len(images))))
+    images = images.select(np.arange(min(MOST[name], len(images))))
     truth = true_labels(source, images.ids, split=split, data_dir=data, labels=labels)
     if truth is None:
         raise SystemExit(f"{name} has no labels to score by")
