@@ -23,7 +23,11 @@ from phyla.storage import read_json, write_text
 SCORES = {"hungarian_accuracy": "Hungarian accuracy", "nmi": "NMI", "ari": "ARI"}
 ORDER = {"cifar10": "CIFAR-10", "stl10": "STL-10", "cifar20": "CIFAR-20", "fashion-mnist": "Fashion-MNIST",
          "clothing": "clothing"}
+UNSEEN = {("cifar100", "lite0,mobilenetv2"): "CIFAR-100 test", ("cifar10-train", "lite2"): "CIFAR-10 train",
+          ("fashion-mnist-train", "lite2"): "Fashion-MNIST train"}
+"""Sets, and their encoders, whose scores nobody had looked at when defaults were settled."""
 METHODS = ("k-means", "spherical k-means", "TEMI", "TURTLE", "SCAN", "NNM", "best member", "consensus")
+PAIRS = "consensus, confidence of pairs"
 ENCODERS = {"lite0,mobilenetv2": "EfficientNet-Lite0 and MobileNetV2 together", "lite0": "EfficientNet-Lite0",
             "mobilenetv2": "MobileNetV2"}
 SHOWN = "lite0,mobilenetv2"
@@ -72,7 +76,7 @@ def written(page: str, results: Path, *, whole: bool = True) -> str:
         elif found[2] == "published":
             text = published_table(results, words)
         else:
-            text = frozen_tables(results) if whole else frozen_table(results, SHOWN)
+            text = frozen_tables(results) if whole else frozen_summary(results)
         return f"{found[1]}{text}{found[4]}"
 
     return BLOCK.sub(block, page)
@@ -177,15 +181,16 @@ def _ours(row: Published, held: Mapping[str, list[RunResult]]) -> Iterator[str]:
 # ── frozen encoders ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def frozen_table(results: Path, encoder: str, score: str = "hungarian_accuracy", *, digits: int = 3) -> str:
-    """Return the Markdown table of one score, a line a method and a column a data set, of results/frozen/*.json."""
+def frozen_table(results: Path, columns: Mapping[tuple[str, str], str], score: str = "hungarian_accuracy", *,
+                 digits: int = 3) -> str:
+    """Return the Markdown table of one score, a line a method and a column a set and encoder, of results/frozen."""
     read = [read_json(path) for path in sorted((results / "frozen").glob("*.json"))]
-    held = {result["set"]: result for result in read if result["encoder"] == encoder}
-    names = sorted(held, key=lambda name: list(ORDER).index(name))
-    rows: dict[str, dict[str, Any]] = {name: {row["method"]: row["values"][score] for row in held[name]["rows"]}
-                                       for name in names}
-    methods = [method for method in METHODS if any(method in row for row in rows.values())]
-    lines = ["| " + " | ".join(["method", *(ORDER[name] for name in names)]) + " |", "| --- " * (len(names) + 1) + "|"]
+    held = {(result["set"], result["encoder"]): result["rows"] for result in read}
+    rows: dict[str, dict[str, Any]] = {title: {row["method"]: row["values"][score] for row in held[key]}
+                                       for key, title in columns.items() if key in held}
+    calibrates = score == "expected_calibration_error"
+    methods = [method for method in (*METHODS, *[PAIRS] * calibrates) if any(method in row for row in rows.values())]
+    lines = ["| " + " | ".join(["method", *rows]) + " |", "| --- " * (len(rows) + 1) + "|"]
     for method in methods:
         cells = [_mean_and_spread(row[method], digits) if method in row else "" for row in rows.values()]
         lines.append("| " + " | ".join([method, *cells]) + " |")
@@ -193,13 +198,20 @@ def frozen_table(results: Path, encoder: str, score: str = "hungarian_accuracy",
 
 
 def frozen_tables(results: Path) -> str:
-    """Return the tables of every encoder: accuracy, the other scores, and seconds."""
+    """Return the tables of every encoder, and of the sets not seen before: accuracy, the other scores, and seconds."""
+    groups = {title: {(name, encoder): shown for name, shown in ORDER.items()} for encoder, title in ENCODERS.items()}
     parts = []
-    for encoder, title in ENCODERS.items():
+    for title, columns in (groups | {"Sets not looked at before": UNSEEN}).items():
         for score, name in FROZEN_SCORES.items():
             digits = 0 if score == "seconds" else 3
-            parts.append(f"**{title}**: {name}\n\n{frozen_table(results, encoder, score, digits=digits)}")
+            parts.append(f"**{title}**: {name}\n\n{frozen_table(results, columns, score, digits=digits)}")
     return "\n\n".join(parts)
+
+
+def frozen_summary(results: Path) -> str:
+    """Return README's two tables: accuracy of both encoders together, and on the sets not seen before."""
+    both = {(name, SHOWN): shown for name, shown in ORDER.items()}
+    return f"{frozen_table(results, both)}\n\nOn sets not looked at before:\n\n{frozen_table(results, UNSEEN)}"
 
 
 def _mean_and_spread(values: list[float], digits: int = 3) -> str:
