@@ -22,7 +22,6 @@ import torch
 
 import phyla
 from phyla.embed import embed
-from phyla.ensembles import pair_agreement
 from phyla.evaluate.metrics import score_assignment
 from phyla.evaluate.truth import true_labels
 from phyla.images.sources import open_images
@@ -52,7 +51,7 @@ SEEDS = (0, 1, 2)
 MOST = dict.fromkeys(SETS, 10_000) | dict.fromkeys(UNSEEN, 5_000)
 SHOWN = 160  # pixels at which the encoders are shown the images, fewer than their own 224: twice as fast
 TITLES = {"kmeans": "k-means", "spherical": "spherical k-means", "temi": "TEMI", "turtle": "TURTLE", "scan": "SCAN",
-          "nnm": "NNM", "member": "best member", "consensus": "consensus", "pairs": "consensus, confidence of pairs"}
+          "nnm": "NNM", "member": "best member", "consensus": "consensus", "agreement": "consensus, confidence of agreement"}
 SCORES = ("hungarian_accuracy", "nmi", "ari", "expected_calibration_error")
 
 Fitted = tuple[np.ndarray, float]
@@ -151,7 +150,7 @@ def _fit(method: str, n_clusters: int, seed: int, embeddings: Embeddings, neighb
                   member_scores=[max(0.0, row["score"]) for row in clusterer.rows_])  # as a run does
     whole = {TITLES["member"]: found[TITLES[method]],
              TITLES["consensus"]: (consensus.probabilities_, time.monotonic() - start)}
-    whole[TITLES["pairs"]] = _of_pairs(consensus), whole[TITLES["consensus"]][1]
+    whole[TITLES["agreement"]] = _of_agreement(consensus), whole[TITLES["consensus"]][1]
     temi = next((place for place, row in enumerate(clusterer.rows_) if row["method"] == "temi" and row["kept"]), None)
     if temi is not None:  # what frozen-temi fits, with another seed
         p = clusterer.members_[temi].astype(np.float32)
@@ -166,12 +165,10 @@ def _consensus(pipeline: Pipeline, n_clusters: int, seed: int) -> Any:
     return _seeded(method, n_clusters, seed)
 
 
-def _of_pairs(consensus: Any) -> np.ndarray:
-    """Return what ``Consensus(calibration="pairs")`` gives: the same labels at another temperature."""
+def _of_agreement(consensus: Any) -> np.ndarray:
+    """Return what ``Consensus(calibration="agreement")`` gives: the same labels at another temperature."""
     logits = np.log(np.maximum(consensus.probabilities_, np.finfo(np.float32).tiny)) * consensus.temperature_
-    agreed = pair_agreement([torch.from_numpy(each) for each in consensus.aligned_],
-                            torch.from_numpy(consensus.weights_), logits.shape[1])
-    temperature = matching_temperature(logits, min(float(agreed.mean()), 1 - 0.5 / len(logits)))
+    temperature = matching_temperature(logits, min(float(consensus.agreement_.mean()), 1 - 0.5 / len(logits)))
     return torch.from_numpy(logits / temperature).softmax(dim=1).numpy()
 
 

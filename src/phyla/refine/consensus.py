@@ -250,9 +250,9 @@ class Consensus(ClusterMixin, BaseEstimator):
     n_steps : of Adam in each round
     lr, weight_decay : of Adam; of the squared weights, in the sum over all images
     hidden : features of a hidden layer of the classifier; 0: it is linear
-    calibration : agreement: mean confidence is how far the members agree with the result; pairs: how far two of them
-        agree with each other, for members of one kind; neighbors: the share of images that their neighbors support;
-        none: as trained
+    calibration : pairs: mean confidence is how far two members agree with each other; agreement: how far they agree
+        with the result, of which each is a part; neighbors: the share of images that their neighbors support; none: as
+        trained
     n_restarts, n_components, n_neighbors : of the members it makes itself: k-means starts in each space, principal
         components, and neighbors in the graph
     random_state : seed; None draws one
@@ -290,7 +290,7 @@ class Consensus(ClusterMixin, BaseEstimator):
     lr: float = 0.02
     weight_decay: float = 1.0
     hidden: int = 0
-    calibration: Calibration = "agreement"
+    calibration: Calibration = "pairs"
     n_restarts: int = 1
     n_components: int = 64
     n_neighbors: int = 20
