@@ -13,14 +13,14 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "phyla"
 
 LAYERS = (
-    {"errors"}, {"storage", "progress", "randomness"}, {"types", "shards"}, {"tables"}, {"images"}, {"nets"},
-    {"training"}, {"candidates", "rowcache", "centers"}, {"embed", "neighbors", "criteria", "oddities"},
+    {"errors", "checkpoints"}, {"storage", "progress", "randomness"}, {"types", "shards"}, {"tables"}, {"images"},
+    {"nets"}, {"training"}, {"candidates", "rowcache", "centers"}, {"embed", "neighbors", "criteria", "oddities"},
     {"reciprocal", "index", "spaces", "ensembles", "principal"}, {"generalization"}, {"quality"},
     {"counting", "mergetree"}, {"pretrain", "cluster", "refine"}, {"layouts", "members"},
     {"classifier", "zoo", "rundir"}, {"evaluate"}, {"report"},
     {"pipeline"}, {"recipes"}, {"overrides", "published"}, {"stages", "recorded", "top", "results"}, {"runner"},
-    {"labelling"}, {"prediction", "inventory", "onnx_file", "image_table", "asked"}, {"exports", "experiment"},
-    {"reproduce", "standings"}, {"resulttables"}, {"display", "launch"}, {"cli"},
+    {"labelling"}, {"prediction", "inventory", "importing", "onnx_file", "image_table", "asked"},
+    {"exports", "experiment"}, {"reproduce", "standings"}, {"resulttables"}, {"display", "launch"}, {"cli"},
 )
 """Bottom to top: a module imports from layers below its own, and from its own folder."""
 

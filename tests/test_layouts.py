@@ -1,6 +1,6 @@
-"""RUC's, Super-AND's, AND's and TSUC's files: networks of the same form, built here from plain torch, are taken over.
+"""RUC's, Super-AND's, AND's and TSUC's files: networks of the same form, built from plain torch, are taken over.
 
-The network below is written anew from the paper and the names in the files; nothing of it is phyla's.
+The network is that in ``authors.py``; nothing of it is phyla's.
 """
 
 import json
@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from authors import HELD_SOBEL, Paper
 from phyla.errors import CorruptFileError, InputError
 from phyla.images.augment import Views
 from phyla.nets.heads import Projection
@@ -24,73 +25,8 @@ from phyla.types import ImageSet
 from phyla.zoo import Published, PublishedEncoder, load_published
 
 WIDTH, N_OUT, N_IMAGES, N_CLUSTERS = 8, 24, 30, 7
-BLOCKS = {"resnet18": (2, 2, 2, 2), "resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
-HELD_SOBEL = {"sobel.0.weight": [1 / 3] * 3, "sobel.0.bias": [0.0], "sobel.1.bias": [0.0, 0.0],
-              "sobel.1.weight": [1.0, 0.0, -1.0, 2.0, 0.0, -2.0, 1.0, 0.0, -1.0,
-                                 1.0, 2.0, 1.0, 0.0, 0.0, 0.0, -1.0, -2.0, -1.0]}
 State = dict[str, Tensor]
 File = dict[str, object]
-
-
-class Block(nn.Module):
-    """Convolutions of the given sizes, each with BatchNorm, and a shortcut; the names are those in the files."""
-
-    def __init__(self, n_in: int, channels: list[int], kernels: list[int], stride: int) -> None:
-        super().__init__()
-        self.depth = len(channels)
-        strided, before = kernels.index(3), n_in
-        for i, (n, kernel) in enumerate(zip(channels, kernels, strict=True)):
-            step = stride if i == strided else 1
-            self.add_module(f"conv{i + 1}", nn.Conv2d(before, n, kernel, step, kernel // 2, bias=False))
-            self.add_module(f"bn{i + 1}", nn.BatchNorm2d(n))
-            before = n
-        changes = stride > 1 or n_in != before
-        self.shortcut = nn.Sequential(*([nn.Conv2d(n_in, before, 1, stride, bias=False), nn.BatchNorm2d(before)]
-                                        if changes else []))
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = x
-        for i in range(1, self.depth + 1):
-            out = getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(out))
-            out = F.relu(out) if i < self.depth else out
-        return F.relu(out + self.shortcut(x))
-
-
-class Paper(nn.Module):
-    """The network of the paper at 32 pixels: one stream or two, then a linear layer and rows of length 1."""
-
-    def __init__(self, depth: str, width: int, n_out: int, *, two: bool) -> None:
-        super().__init__()
-        self.streams = ["", "_sobel"] if two else [""]
-        for suffix in self.streams:
-            self.add_module(f"conv1{suffix}", nn.Conv2d(2 if suffix else 3, width, 3, 1, 1, bias=False))
-            self.add_module(f"bn1{suffix}", nn.BatchNorm2d(width))
-            n_in = width
-            for stage, n in enumerate(BLOCKS[depth]):
-                w, blocks = width << stage, []
-                for i in range(n):
-                    form = ([w, w], [3, 3]) if depth == "resnet18" else ([w, w, 4 * w], [1, 3, 1])
-                    blocks.append(Block(n_in, *form, stride=2 if stage and not i else 1))
-                    n_in = form[0][-1]
-                self.add_module(f"layer{stage + 1}{suffix}", nn.Sequential(*blocks))
-        if two:
-            self.sobel = nn.Sequential(nn.Conv2d(3, 1, 1), nn.Conv2d(1, 2, 3, padding=1))
-            for name, value in self.sobel.state_dict().items():
-                value.copy_(torch.tensor(HELD_SOBEL[f"sobel.{name}"]).reshape(value.shape))
-        self.linear = nn.Linear(n_in * len(self.streams), n_out)
-
-    def features(self, x: Tensor) -> Tensor:
-        rows = []
-        for suffix in self.streams:
-            out = F.relu(getattr(self, f"bn1{suffix}")(getattr(self, f"conv1{suffix}")(self.sobel(x) if suffix else x)))
-            for stage in range(1, 5):
-                out = getattr(self, f"layer{stage}{suffix}")(out)
-            rows.append(F.avg_pool2d(out, 4).flatten(1))
-        return torch.cat(rows, dim=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.linear(self.features(x))
-        return out / out.norm(dim=1, keepdim=True)
 
 
 def paper(depth: str = "resnet18", *, two: bool = True, width: int = WIDTH, seed: int = 1) -> Paper:
@@ -662,7 +598,7 @@ def test_a_ruc_file_becomes_one_classifier(file: Path, tmp_path: Path) -> None:
 def test_a_ruc_file_scales_pixels_as_its_release_did(file: Path, tmp_path: Path, stem: str, n_clusters: int, size: int,
                                                      mean: tuple[float, ...]) -> None:
     from phyla.classifier import Classifier
-    from phyla.prediction import import_checkpoint
+    from phyla.importing import import_checkpoint
 
     held = {f"net{i + 1}": ruc_state(*network) for i, network in enumerate(ruc_networks(n_clusters))}
     import_checkpoint(write(file, held), tmp_path / "mine", stem)
@@ -691,7 +627,7 @@ def test_a_tsuc_file_becomes_a_classifier_with_the_head_that_is_named(file: Path
 
 def test_a_tsuc_file_of_twenty_clusters_is_of_cifar_100(file: Path, tmp_path: Path) -> None:
     from phyla.classifier import Classifier
-    from phyla.prediction import import_checkpoint
+    from phyla.importing import import_checkpoint
 
     fc = {f"heads.{h}.weight": torch.randn(N_OUT, 20, generator=torch.Generator().manual_seed(h)) for h in range(5)}
     import_checkpoint(write(file, stage_2(paper(), fc=fc)), tmp_path / "mine", None, head=0)

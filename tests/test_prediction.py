@@ -13,8 +13,9 @@ import torch
 from commands import N_PICTURES, digits_run, picture, pictures_run, table
 from phyla.classifier import Classifier
 from phyla.errors import CorruptFileError, DataNotFoundError, InputError, StorageError
+from phyla.importing import import_checkpoint
 from phyla.nets.resnet import EncoderSpec
-from phyla.prediction import export_folders, import_checkpoint, predict_table
+from phyla.prediction import export_folders, predict_table
 from phyla.progress import shown_by
 from phyla.rundir import load_encoder
 

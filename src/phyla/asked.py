@@ -11,7 +11,16 @@ from phyla.errors import DataNotFoundError, InputError
 from phyla.images.folders import default_size, walk
 from phyla.images.stored import FileList
 from phyla.nets.weights import default_encoder
-from phyla.overrides import change, from_file, with_classes, with_encoder, with_fast, with_seed, with_size
+from phyla.overrides import (
+    change,
+    from_file,
+    with_classes,
+    with_encoder,
+    with_fast,
+    with_refinement,
+    with_seed,
+    with_size,
+)
 from phyla.pipeline import Pipeline
 from phyla.recipes import RECIPES, recipe
 from phyla.recorded import recorded_labels, recorded_pipeline
@@ -32,11 +41,12 @@ class Asked(NamedTuple):
 
 def resolve(what: str, out: Path | None, *, folder_recipe: str | None, classes: str | None, seed: int | None,
             limit: int | None, size: int | None, encoder: str | None, fast: bool, alone: bool,
-            changes: Sequence[str], least: float | None = None) -> Asked:
+            changes: Sequence[str], least: float | None = None, refining: bool = False) -> Asked:
     """Return the pipeline of a recipe, TOML file, folder or run, changed as the other arguments say.
 
     ``least`` is the confidence below which an image is put into no cluster of the tables. ``alone`` says that one
-    process takes steps that are not recorded (see ``with_fast``).
+    process takes steps that are not recorded (see ``with_fast``). ``refining`` asks for what the recipe of an imported
+    run does after its result (see ``with_refinement``).
     """
     pairs = [as_pair(text) for text in changes]
     path, labels = Path(what), "auto"
@@ -45,6 +55,7 @@ def resolve(what: str, out: Path | None, *, folder_recipe: str | None, classes: 
         raise InputError("--recipe is for a folder or list of images", f"phyla run FOLDER --recipe {folder_recipe}")
     if (path / "options.json").exists():
         pipeline, out, labels = recorded_pipeline(path), out or path, recorded_labels(path) or "none"
+        pipeline = with_refinement(pipeline) if refining else pipeline
     elif what in RECIPES:
         pipeline = recipe(what)
     elif path.suffix == ".toml" and path.is_file():

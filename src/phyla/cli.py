@@ -92,7 +92,7 @@ def _verb(name: str, until: str, text: str) -> None:
             chosen = launch.joined(device, precision, engine=engine, batchnorm=batchnorm)
             asked = on_all(chosen.group, lambda: resolve(
                 what, out, folder_recipe=recipe, classes=classes, seed=seed, limit=limit, size=size, encoder=encoder,
-                fast=fast, least=min_confidence, changes=option or [],
+                fast=fast, least=min_confidence, changes=option or [], refining=until == "robust",
                 alone=chosen.group.size == 1 and chosen.engine == "eager"))
             runner = Runner(asked.pipeline, asked.folder, device=chosen, data_dir=data,
                             labels=asked.labels if labels is None else labels, strict=strict, download=not offline,
@@ -273,13 +273,14 @@ class Listed(StrEnum):
     recipes = "recipes"
     methods = "methods"
     encoders = "encoders"
+    checkpoints = "checkpoints"
     data = "data"
 
 
 @app.command("list")
 def list_(what: Annotated[Listed, typer.Argument(help="which list")] = Listed.all, data: DataDir = None,
           as_json: AsJson = False) -> None:
-    """List recipes, methods, encoders, data sets found."""
+    """List recipes, methods, encoders, public checkpoint files, data sets found."""
     from phyla.inventory import inventory, inventory_text
 
     found = inventory(data)
@@ -309,19 +310,27 @@ def show(run: Annotated[Path, typer.Argument(metavar="RUN|RECIPE", help="a run f
 @app.command("import")
 def import_(checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="a published .pth.tar or .t7 "
                                                             "file")],
-            out: Annotated[Path, typer.Option("--out", "-o", help="folder for the classifier or encoder")],
-            stem: Annotated[str | None, typer.Option(help="cifar or stl: SCAN's files do not tell",
+            out: Annotated[Path, typer.Option("--out", "-o", help="folder for the run, classifier or encoder")],
+            as_: Annotated[str | None, typer.Option("--as", metavar="RECIPE", show_default=False, help="make a run "
+                                                    "folder of this recipe, with the file as its result")] = None,
+            encoder: Annotated[Path | None, typer.Option(metavar="FILE", show_default=False, help="with --as: "
+                                                         "embeddings and neighbors from this file's encoder")] = None,
+            stem: Annotated[str | None, typer.Option(help="cifar or stl: SCAN's files do not tell, a recipe does",
                                                      show_default=False)] = None,
             head: Annotated[int | None, typer.Option(help="which cluster head, from 0: TSUC's files do not tell",
                                                      show_default=False)] = None,
             quiet: Quiet = False, as_json: AsJson = False) -> None:
-    """Convert a published checkpoint (SCAN, NNM, RUC, SimCLR, MoCo, Super-AND, TSUC)."""
+    """Take in a published checkpoint (SCAN, NNM, RUC, SimCLR, MoCo, Super-AND, TSUC): `phyla list checkpoints`.
+
+    With --as it becomes a run folder for `evaluate`, `predict`, `refine` and `report`; else a classifier or encoder.
+    """
     from phyla.display import showing
 
     with showing(quiet=quiet):
-        from phyla.prediction import import_checkpoint
+        from phyla.importing import import_checkpoint, import_run
 
-        facts = import_checkpoint(checkpoint, out, stem, head=head)
+        facts = (import_run(checkpoint, as_, out, encoder=encoder, head=head, stem=stem) if as_ is not None else
+                 import_checkpoint(checkpoint, out, stem, head=head))
     print(_json(facts) if as_json else "\n".join(f"{name}: {value}" for name, value in facts.items()))
 
 

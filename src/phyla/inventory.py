@@ -1,4 +1,4 @@
-"""What there is: recipes, methods, encoders, data sets on this machine; and a run or recipe put into words."""
+"""What there is: recipes, methods, encoders, public files, data sets here; and a run or recipe put into words."""
 
 import dataclasses
 import inspect
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from phyla.checkpoints import CHECKPOINTS
 from phyla.errors import InputError
 from phyla.images.catalog import DATASETS, found_splits
 from phyla.nets.frozen import FROZEN
@@ -40,7 +41,8 @@ def inventory(data_dir: Path | None = None) -> dict[str, dict[str, str]]:
         state = f"found: {', '.join(splits)}" if splits else "not here"
         data[name] = f"{data_set.title}, {data_set.n_classes} classes; {state}"
     return {"recipes": {name: _first_line(function) for name, function in RECIPES.items()},
-            "methods": dict(METHODS), "encoders": frozen_encoders() | TRAINED, "data": data}
+            "methods": dict(METHODS), "encoders": frozen_encoders() | TRAINED,
+            "checkpoints": {name: known.text() for name, known in CHECKPOINTS.items()}, "data": data}
 
 
 def frozen_encoders() -> dict[str, str]:

@@ -18,7 +18,7 @@ from phyla.errors import DataNotFoundError, InputError, nearest
 from phyla.pipeline import METHODS, CountOptions, CutOptions, Pipeline
 from phyla.pretrain.frozen import Frozen
 from phyla.recipes import recipe
-from phyla.zoo import PublishedEncoder
+from phyla.zoo import PublishedClusters, PublishedEncoder
 
 PartT = TypeVar("PartT")
 
@@ -73,6 +73,16 @@ def with_encoder(pipeline: Pipeline, encoder: str) -> Pipeline:
     own = pipeline.pretrain
     return replace(pipeline, pretrain=replace(own, encoder=encoder) if isinstance(own, Frozen) else
                    Frozen(encoder=encoder), embed=replace(pipeline.embed, layer="encoder"))
+
+
+def with_refinement(pipeline: Pipeline) -> Pipeline:
+    """Return the pipeline of an imported result with what its recipe does after it; any other as it is."""
+    taken = pipeline.cluster
+    if not isinstance(taken, PublishedClusters) or pipeline.refine is not None or pipeline.robust is not None:
+        return pipeline
+    own = recipe(pipeline.name)
+    return replace(pipeline, refine=own.refine if taken.fills == "cluster" else None,
+                   robust=own.robust if taken.fills != "robust" else None)
 
 
 def with_classes(pipeline: Pipeline, classes: str) -> Pipeline:

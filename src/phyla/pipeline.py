@@ -24,18 +24,18 @@ from phyla.pretrain.superand import SuperAND
 from phyla.refine.consensus import Consensus
 from phyla.refine.ruc import RUC
 from phyla.refine.selflabel import SelfLabel
-from phyla.zoo import PublishedEncoder
+from phyla.zoo import PublishedClusters, PublishedEncoder, Taken
 
 log = logging.getLogger("phyla")
 
 Pretrainer = SimCLR | SuperAND | PublishedEncoder | Frozen
-Clusterer = SCAN | NNM | TSUC | KMeans | TEMI | TURTLE | Members
+Clusterer = SCAN | NNM | TSUC | KMeans | TEMI | TURTLE | Members | PublishedClusters
 Refiner = SelfLabel | RUC | Consensus
 
 METHODS: Mapping[str, Mapping[str, type]] = {
     "pretrain": {"SimCLR": SimCLR, "SuperAND": SuperAND, "PublishedEncoder": PublishedEncoder, "Frozen": Frozen},
     "cluster": {"SCAN": SCAN, "NNM": NNM, "TSUC": TSUC, "KMeans": KMeans, "TEMI": TEMI, "TURTLE": TURTLE,
-                "Members": Members},
+                "Members": Members, "PublishedClusters": PublishedClusters},
     "refine": {"SelfLabel": SelfLabel, "Consensus": Consensus},
     "robust": {"RUC": RUC},
 }
@@ -44,7 +44,8 @@ METHODS: Mapping[str, Mapping[str, type]] = {
 TITLES: Mapping[str, str] = {
     "SimCLR": "SimCLR", "SuperAND": "Super-AND", "PublishedEncoder": "published encoder", "Frozen": "frozen encoder",
     "SCAN": "SCAN", "NNM": "NNM", "TSUC": "TSUC", "KMeans": "k-means", "TEMI": "TEMI", "TURTLE": "TURTLE",
-    "Members": "best member", "SelfLabel": "self-label", "RUC": "RUC", "Consensus": "consensus"}
+    "Members": "best member", "PublishedClusters": "published clusters", "SelfLabel": "self-label", "RUC": "RUC",
+    "Consensus": "consensus"}
 """What a table calls the result of a method."""
 
 PARTS = ("data", "pretrain", "embed", "neighbors", "count", "cluster", "refine", "robust", "cut",
@@ -229,16 +230,23 @@ class Pipeline:
         methods = [getattr(self, part) for part in RESULTS[: RESULTS.index(stage) + 1]]
         over_members = isinstance(self.refine, Consensus) and stage != "cluster"
         methods = methods[1:] if over_members else methods  # not on top of the best of them
-        names = [TITLES[type(method).__name__] for method in methods if method is not None]
+        names = [_title(method) for method in methods if method is not None]
         if isinstance(self.cluster, KMeans) and not over_members:  # not the baseline, which is on pixels too
             names = [TITLES[type(self.pretrain).__name__], *names]
         return " + ".join(names)
 
 
+def _title(method: Clusterer | Refiner) -> str:
+    if isinstance(method, PublishedClusters) and method.result:
+        return f"{method.result} (published weights)"
+    return TITLES[type(method).__name__]
+
+
 def check_pipeline(pipeline: Pipeline) -> None:
     """Raise what is wrong with the options by themselves, before any work; InputError."""
-    if isinstance(pipeline.pretrain, PublishedEncoder):
-        pipeline.pretrain.checkpoint()  # told before any image is decoded
+    for method in (pipeline.pretrain, pipeline.cluster):
+        if isinstance(method, Taken):
+            method.checkpoint()  # told before any image is decoded
     n_clusters = pipeline.cluster.n_clusters
     if not pipeline.data.source:
         raise InputError("which images to look at is not known", "phyla run FOLDER --classes 10")

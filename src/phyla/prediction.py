@@ -1,4 +1,4 @@
-"""What is done with a finished run: label new images, sort images into folders, take in a published checkpoint."""
+"""What is done with a finished run: label new images, sort images into folders."""
 
 import json
 import logging
@@ -7,7 +7,6 @@ import re
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
 from itertools import count
 from pathlib import Path
 
@@ -15,19 +14,15 @@ import pyarrow.parquet as pq
 
 from phyla.classifier import Classifier
 from phyla.errors import InputError
-from phyla.images.augment import Views
 from phyla.images.catalog import data_set_name
 from phyla.images.folders import find_images, walk
 from phyla.images.stored import FileList
 from phyla.labelling import Share, label_files
 from phyla.progress import bar
-from phyla.recipes.settings import CIFAR10, CIFAR100, CIFAR100_SUPERAND, IMAGENET
-from phyla.rundir import save_encoder
-from phyla.storage import read_json, storage_error, write_array
+from phyla.storage import read_json, storage_error
 from phyla.tables import COLUMNS, N_TOP, UNSURE, UNSURE_CLUSTER, Rows, checked_confidence, left_open, stdout_csv
 from phyla.training.device import Device
 from phyla.types import Assignment
-from phyla.zoo import load_published
 
 log = logging.getLogger("phyla")
 
@@ -161,31 +156,3 @@ def _put(source: Path, target: Path, *, link: bool) -> None:
         shutil.copyfile(source, target)
     except OSError as error:
         raise storage_error(target, error) from error
-
-
-def import_checkpoint(path: Path, out: Path, stem: str | None, *, head: int | None = None) -> dict[str, object]:
-    """Write a published checkpoint as a classifier (it has heads) or as an encoder; return what it was.
-
-    ``head`` is needed where a file has several and does not name the best, as TSUC's do.
-    """
-    found = load_published(path, stem=stem)  # type: ignore[arg-type]
-    facts: dict[str, object] = {"kind": found.kind, "encoder": asdict(found.encoder.spec), **found.facts}
-    cifar100 = CIFAR100_SUPERAND if found.kind == "tsuc" else CIFAR100  # their deviations differ
-    cifar = cifar100 if found.facts["n_clusters"] in (20, 100) else CIFAR10
-    stl = CIFAR10 if found.kind == "ruc" else IMAGENET  # RUC's release shows STL-10 with CIFAR-10's mean and deviation
-    sizes = {"cifar": (32, cifar), "stl": (96, stl), "imagenet": (224, IMAGENET)}
-    size, norm = sizes[found.encoder.spec.stem]
-    views = Views("plain", size, *norm)
-    if found.heads is None:
-        if head is not None:
-            raise InputError(f"{path} has no cluster heads", f"leave out --head {head}")
-        save_encoder(out, found.encoder, found.projection)
-        if found.memory is not None:
-            write_array(out / "memory.npy", found.memory)
-            facts |= {"memory": str(out / "memory.npy")}
-        return facts | {"written": str(out / "encoder.safetensors")}
-    size = 256 if size == 224 else size  # stored, then cropped
-    net = found.net(head)
-    taken = found.head if head is None else head
-    Classifier(net, views, size, facts={"imported": path.name, "kind": found.kind, "head": taken}).save(out)
-    return facts | {"head": taken, "written": str(out / "model.safetensors")}

@@ -3,7 +3,7 @@
 import os
 import platform
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -14,9 +14,9 @@ from phyla.errors import InputError
 from phyla.images.catalog import data_set_name
 from phyla.overrides import from_options
 from phyla.pipeline import Pipeline
-from phyla.rundir import OPTIONS, RunDir
+from phyla.rundir import OPTIONS, PUBLISHED, RunDir
 from phyla.storage import read_json
-from phyla.zoo import PublishedEncoder
+from phyla.zoo import Taken
 
 
 def recorded_pipeline(run: Path) -> Pipeline:
@@ -36,7 +36,7 @@ def recorded(run: Path) -> tuple[Pipeline, str | None]:
     shown = run / "run.json"  # a later command that failed must not change what the folder is
     held = read_json(shown if shown.exists() else run / OPTIONS)
     try:
-        return from_options(held["options"]), held["labels"]
+        return _at_home(from_options(held["options"]), run), held["labels"]
     except (KeyError, TypeError) as error:
         raise InputError(f"{run} is not of this version of phyla ({error})",
                          "give the recipe again") from error
@@ -44,12 +44,28 @@ def recorded(run: Path) -> tuple[Pipeline, str | None]:
 
 def from_anywhere(pipeline: Pipeline) -> Pipeline:
     """Return the pipeline with its paths made absolute: the run is opened from other folders, too."""
-    source, pretrain = pipeline.data.source, pipeline.pretrain
-    if isinstance(pretrain, PublishedEncoder) and pretrain.path:
-        pipeline = replace(pipeline, pretrain=replace(pretrain, path=absolute(pretrain.path) or ""))
+    pipeline = _with_files(pipeline, lambda path: absolute(path) or "")
+    source = pipeline.data.source
     if not source or data_set_name(source) is not None:
         return pipeline
     return replace(pipeline, data=replace(pipeline.data, source=absolute(source) or source))
+
+
+def _at_home(pipeline: Pipeline, run: Path) -> Pipeline:
+    """Return the pipeline with published files taken from the run folder, should it have been moved with them."""
+    def found(path: str) -> str:
+        kept = run / PUBLISHED / Path(path).name
+        return str(kept.absolute()) if not Path(path).exists() and kept.exists() else path
+
+    return _with_files(pipeline, found)
+
+
+def _with_files(pipeline: Pipeline, where: Callable[[str], str]) -> Pipeline:
+    for part in ("pretrain", "cluster"):
+        method = getattr(pipeline, part)
+        if isinstance(method, Taken) and method.path:
+            pipeline = replace(pipeline, **{part: replace(method, path=where(method.path))})
+    return pipeline
 
 
 def absolute(path: str | None) -> str | None:

@@ -44,6 +44,8 @@ from phyla.types import Assignment, Embeddings, Neighbors
 
 MARKER = RUN_MARKER
 OPTIONS = "options.json"
+PUBLISHED = "published"
+"""A folder in that of a run, for the published files that it was imported from."""
 LINKED = (".npy", ".safetensors")
 _SCRATCH = "PHYLA_SCRATCH"  # in the environment: a folder that `--devices` deletes after its processes
 

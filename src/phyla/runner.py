@@ -49,7 +49,7 @@ from phyla.top import Top
 from phyla.training.agreement import by_first, first_then_others, on_all
 from phyla.training.device import Device, choose_device
 from phyla.types import Assignment, Embeddings, ImageSet, Neighbors, Scores
-from phyla.zoo import PublishedEncoder, checkpoint_stamp
+from phyla.zoo import told_by
 
 log = logging.getLogger("phyla")
 
@@ -159,16 +159,13 @@ class Runner:
     def _pretrain(self) -> None:
         method = self.pipeline.pretrain
         images = self.pretrain_images
-        options = {"method": type(method).__name__} | asdict(method)
+        options, files = told_by(method)
 
         def make(folder: Path) -> dict[str, object]:
             return stages.pretrain(method, images, device=self.device, folder=folder)
 
-        inputs = [images.fingerprint]
-        if isinstance(method, PublishedEncoder):
-            inputs += [checkpoint_stamp(method.checkpoint())]
-        if isinstance(method, Frozen):
-            inputs = [method.stamp()]  # it learns nothing from the images
+        learned_from = [method.stamp()] if isinstance(method, Frozen) else [images.fingerprint]
+        inputs = [*learned_from, *files]
         self.run.stage("pretrain", options, inputs, make, group=self.device.group)
 
     def _embed(self) -> None:
@@ -227,16 +224,15 @@ class Runner:
 
     def _cluster(self) -> None:
         method = self.pipeline.cluster
-        kind = type(method).__name__
+        options, files = told_by(method)
 
         def make(folder: Path) -> dict[str, object]:
             found = stages.cluster(method, self._given(folder), views=self._views)
             return self._save(found, folder)
 
         chosen_on = {"select_on": self.pipeline.data.select_on} if isinstance(method, SCAN | NNM) else {}
-        inputs = [self._key(stage) for stage in stages.CLUSTERS_FROM[kind]]
-        self.run.stage("cluster", {"method": kind} | chosen_on | asdict(method), [*inputs, *self._image_keys()], make,
-                       group=self.device.group)
+        inputs = [self._key(stage) for stage in stages.CLUSTERS_FROM[options["method"]]] + files
+        self.run.stage("cluster", options | chosen_on, [*inputs, *self._image_keys()], make, group=self.device.group)
 
     def _refine(self) -> None:
         self._refined("refine", self.pipeline.refine)

@@ -51,6 +51,7 @@ from phyla.spaces import scaled
 from phyla.storage import read_array, read_json, write_array, write_json
 from phyla.training.device import Device
 from phyla.types import Assignment, Embeddings, ImageSet, Neighbors
+from phyla.zoo import PublishedClusters
 
 Splits = Sequence[tuple[str, ImageSet]]
 """Name and images of each split, the clustered one first."""
@@ -151,7 +152,8 @@ def pretrain(method: Pretrainer, images: ImageSet, *, device: Device, folder: Pa
     memory = None if isinstance(method, SimCLR) else method.memory_
     if memory is not None:
         save_embeddings(folder, memory, _MEMORY)
-    return {"n_images": len(images)}
+    about = getattr(method, "about", "")
+    return {"n_images": len(images)} | ({"notices": [f"encoder: {about}"]} if about else {})
 
 
 def load_memory(folder: Path) -> Embeddings | None:
@@ -234,6 +236,15 @@ def _tsuc(method: TSUC, given: Given) -> Found:
                  Rivals("heads", method.head_labels_, partial(method.predict_heads, device=given.device)))
 
 
+def _published(method: PublishedClusters, given: Given) -> Found:
+    method.fit(given.images, neighbors=given.neighbors("train"), device=given.device)
+    rivals = None
+    if method.head_labels_ is not None:
+        rivals = Rivals("heads", method.head_labels_, partial(method.predict_heads, device=given.device))
+    facts: dict[str, object] = {"head": method.head_, "notices": [f"clusters: {line}" for line in method.notices_]}
+    return Found(method.net_, method.views, method.probabilities_, facts=facts, rivals=rivals)
+
+
 def _kmeans(method: KMeans, given: Given, views: Views) -> Found:
     method.fit(given.embeddings("train"))
     encoder, projection = load_encoder(given.pretrained)
@@ -286,6 +297,8 @@ def cluster(method: Clusterer, given: Given, *, views: Views) -> Found:
             return _tsuc(method, given)
         case KMeans():
             return _kmeans(method, given, views)
+        case PublishedClusters():
+            return _published(method, given)
         case TEMI() | TURTLE() | Members():
             return _embedded(method, given, views)
 
@@ -293,7 +306,8 @@ def cluster(method: Clusterer, given: Given, *, views: Views) -> Found:
 CLUSTERS_FROM: Mapping[str, tuple[str, ...]] = {"SCAN": ("pretrain", "neighbors"), "NNM": ("pretrain", "neighbors"),
                                                 "TSUC": ("pretrain",), "KMeans": ("pretrain", "embed"),
                                                 "TEMI": ("embed", "neighbors"), "TURTLE": ("embed",),
-                                                "Members": ("embed", "neighbors")}
+                                                "Members": ("embed", "neighbors"),
+                                                "PublishedClusters": ("pretrain", "neighbors")}
 """The stages whose results a cluster method takes: it is made anew when one of them is."""
 
 

@@ -7,28 +7,32 @@ MoCo v2 (Chen et al. 2020), from which SCAN starts on ImageNet, of Super-AND and
 in its name. It is understood whole or refused, and no code in it is run.
 
 The weights belong to their authors, SCAN's and MoCo's for non-commercial use (CC BY-NC 4.0): phyla passes none on.
+
+``PublishedEncoder`` and ``PublishedClusters`` take the place of methods in a run: they load and fit nothing.
 """
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
-from sklearn.base import BaseEstimator, TransformerMixin
+from sklearn.base import BaseEstimator, ClusterMixin, TransformerMixin
+from torch import Tensor
 
-from phyla.embed import embed
+from phyla.embed import embed, forward_all
 from phyla.errors import DataNotFoundError, InputError, nearest
 from phyla.images.augment import Views
 from phyla.images.catalog import data_folders
 from phyla.layouts import AGAIN, MOCO_FILE, WANTED, Contents, Part, compare, contents, fault, filled
 from phyla.nets.heads import ClusterHeads, ClusterNet, NormalizedHeads, Projection, summed
 from phyla.nets.resnet import SOBEL, Depth, Encoder, EncoderSpec, ResNet, Stem, TwoStream
+from phyla.quality import neighbor_score
 from phyla.storage import Allowed, read_checkpoint
 from phyla.training.device import Device
-from phyla.types import Embeddings, ImageSet
+from phyla.types import Embeddings, ImageSet, Neighbors
 
 log = logging.getLogger("phyla")
 
@@ -41,10 +45,15 @@ _ALLOWED: tuple[Allowed, ...] = (
     (_SCALAR, "numpy.core.multiarray.scalar"), (_SCALAR, "numpy._core.multiarray.scalar"),
     np.dtype, type(np.dtype(np.int64)), type(np.dtype(np.float64)))
 
+Fills = Literal["cluster", "refine", "robust"]
 Kind = Literal["pretext", "scan", "selflabel", "ruc", "moco", "superand", "tsuc"]
 
 N_TSUC_HEADS, TSUC_TEMPERATURE = 5, 0.1
 """Fixed in TSUC's code, and not in its files."""
+
+
+class StemError(InputError):
+    """A published file whose first layers are not those that were asked for."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,15 +94,19 @@ class Published:
         InputError
             The file has no heads, there is no such head, or none was given and the file does not say which is best.
         """
-        if self.heads is None:
-            raise InputError("the checkpoint has no cluster heads", "give one of SCAN's or TSUC's model files")
+        every = self.with_all()
         chosen = self.head if head is None else head
         if chosen is None:
-            numbers = ", ".join(str(h) for h in range(self.heads.n_heads))
-            raise InputError(f"the checkpoint has {self.heads.n_heads} heads and does not name the best",
+            numbers = ", ".join(str(h) for h in range(every.heads.n_heads))
+            raise InputError(f"the checkpoint has {every.heads.n_heads} heads and does not name the best",
                              f"choose one of {numbers}: net(head=0), or --head 0 on the command line")
-        between = self.projection if self.kind == "tsuc" else None
-        return ClusterNet(self.encoder, self.heads.only(chosen), between).eval()
+        return ClusterNet(every.encoder, every.heads.only(chosen), every.projection).eval()
+
+    def with_all(self) -> ClusterNet:
+        """Return the encoder with all heads; InputError where the file has none."""
+        if self.heads is None:
+            raise InputError("the checkpoint has no cluster heads", "give one of SCAN's or TSUC's model files")
+        return ClusterNet(self.encoder, self.heads, self.projection if self.kind == "tsuc" else None).eval()
 
 
 def load_published(path: Path | str, *, stem: Stem | None = None) -> Published:
@@ -147,11 +160,13 @@ class PublishedEncoder(TransformerMixin, BaseEstimator):
     path : the file; "" looks for MoCo's official file in ``$PHYLA_DATA`` and the cache folder
     stem : cifar, stl or imagenet; cifar for Super-AND, AND and TSUC, whatever the size of the images
     views : their plain form is what the encoder is shown
+    about : a sentence for the notices of a run
     """
 
     path: str = ""
     stem: Stem = "imagenet"
     views: Views = _VIEWS
+    about: str = ""
 
     def fit(self, images: ImageSet | None = None, y: None = None, *, device: Device | None = None,
             folder: Path | None = None) -> "PublishedEncoder":
@@ -185,19 +200,126 @@ class PublishedEncoder(TransformerMixin, BaseEstimator):
 
     def checkpoint(self) -> Path:
         """Return the file that is loaded; DataNotFoundError when it is not there."""
-        if self.path and not Path(self.path).expanduser().exists():
-            raise DataNotFoundError(f"there is no checkpoint {self.path}", WANTED)
-        return Path(self.path).expanduser() if self.path else _official()
+        return _there(self.path) if self.path else _official()
 
     def transform(self, images: ImageSet) -> np.ndarray:
         """Return the embeddings of ``images``, float32 (n_images, n_features)."""
         return embed(images, self.encoder_, self.views.plain()).values
 
 
+@dataclass(eq=False, repr=False)
+class PublishedClusters(ClusterMixin, BaseEstimator):
+    """Take the network and the clusters of a published checkpoint instead of fitting any.
+
+    Parameters
+    ----------
+    n_clusters : the file's; with another number it is refused
+    path, stem, views, about : as in ``PublishedEncoder``
+    fills : the stage whose result the file is, refine for self-labelling and robust for RUC
+    result : what a table calls it, "SCAN + self-label"
+    head : which of several; None takes the one that the file names as best, and if it names none the one with the
+        lowest label-free score
+    n_selection_neighbors : neighbors of that score
+    random_state : every cluster method has one; nothing is drawn here
+    """
+
+    n_clusters: int = 10
+    path: str = ""
+    stem: Stem = "cifar"
+    views: Views = Views(kind="plain", size=32)
+    fills: Fills = "cluster"
+    result: str = ""
+    head: int | None = None
+    about: str = ""
+    n_selection_neighbors: int = 5
+    random_state: int = 0
+
+    def fit(self, images: ImageSet, y: None = None, *, neighbors: Neighbors | None = None,
+            device: Device | None = None, folder: Path | None = None) -> "PublishedClusters":
+        """Load the file and set ``net_`` (one head), ``head_``, ``labels_`` and ``probabilities_`` of ``images``.
+
+        Also ``head_labels_``, int64 (n_heads, n_images), None where there is one head, and ``notices_``. ``neighbors``
+        are needed where the head is not known; ``folder`` is taken because methods that train need it.
+        """
+        found = load_published(self.checkpoint(), stem=self.stem)
+        if found.heads is None or found.heads.n_clusters != self.n_clusters:
+            raise InputError(f"{self.path} has {found.facts['n_clusters']} clusters and not {self.n_clusters}",
+                             "import it again with a recipe of as many classes")
+        self._all = found.with_all()
+        head = found.head if self.head is None else self.head
+        if head is not None:
+            found.heads.only(head)  # refuses a head that is not there before the images are shown
+        self.notices_ = [self.about] if self.about else []
+        self.head_, p, labels = self._shown(images, head, neighbors, device)
+        self.probabilities_, self.labels_ = p, p.argmax(axis=1)
+        self.head_labels_ = labels if found.heads.n_heads > 1 else None
+        self.net_ = self._all.only(self.head_)
+        return self
+
+    def predict_heads(self, images: ImageSet, *, device: Device | None = None) -> np.ndarray:
+        """Return the labels of any images by every head, int64 (n_heads, n_images)."""
+        return self._shown(images, self.head_, None, device)[2]
+
+    def checkpoint(self) -> Path:
+        """Return the file that is loaded; DataNotFoundError when it is not there."""
+        return _there(self.path)
+
+    def _shown(self, images: ImageSet, head: int | None, neighbors: Neighbors | None, device: Device | None
+               ) -> tuple[int, np.ndarray, np.ndarray]:
+        """Return the head, its probabilities of ``images``, and the labels by all heads."""
+        n_heads = self._all.heads.n_heads
+
+        def told(views: Tensor) -> Tensor:  # of many heads with many clusters the labels alone fit into memory
+            p = self._all.probabilities(views).float()
+            kept = p.flatten(1) if head is None else p[:, head]
+            return torch.cat([kept, p.argmax(dim=2).float()], dim=1)
+
+        rows = forward_all(images, self._all, told, self.views.plain(), device=device, title="clusters").cpu().numpy()
+        labels = np.ascontiguousarray(rows[:, -n_heads:].T).astype(np.int64)
+        if head is not None:
+            return head, np.ascontiguousarray(rows[:, :-n_heads]), labels
+        by_head = rows[:, :-n_heads].reshape(len(rows), n_heads, -1)
+        head = self._best(by_head, neighbors)
+        return head, np.ascontiguousarray(by_head[:, head]), labels
+
+    def _best(self, by_head: np.ndarray, neighbors: Neighbors | None) -> int:
+        if neighbors is None:
+            raise InputError(f"{self.path} does not name the best of its {by_head.shape[1]} heads",
+                             "choose one: head=0, or --head 0 on the command line")
+        near = neighbors.indices[:, : self.n_selection_neighbors]
+        scores = [neighbor_score(by_head[:, head], near) for head in range(by_head.shape[1])]
+        best = int(np.argmin(scores))
+        told = ", ".join(f"{score:.4f}" for score in scores)
+        self.notices_.append(f"head {best + 1} of {len(scores)} has the lowest neighbor score ({told})")
+        return best
+
+
+Taken = PublishedEncoder | PublishedClusters
+"""The methods of a run that read a published file."""
+
+
+def told_by(method: object) -> tuple[dict[str, Any], list[str]]:
+    """Return the options of a method by which its stage is known, and what its file adds: a name, size and time.
+
+    Where a published file lies does not count, so that a run folder can be moved with the file in it.
+    """
+    options = {"method": type(method).__name__} | asdict(method)  # type: ignore[call-overload]
+    if not isinstance(method, Taken):
+        return options, []
+    path = method.checkpoint()
+    return options | {"path": path.name if method.path else ""}, [checkpoint_stamp(path)]
+
+
 def checkpoint_stamp(path: Path) -> str:
     """Return a text that changes when another file is put at ``path``: its size and time."""
     told = path.stat()
     return f"{told.st_size}-{told.st_mtime_ns}"
+
+
+def _there(path: str) -> Path:
+    if not path or not Path(path).expanduser().exists():
+        raise DataNotFoundError(f"there is no checkpoint {path}", WANTED)
+    return Path(path).expanduser()
 
 
 def _official() -> Path:
@@ -247,7 +369,7 @@ def _stem(path: Path, held: Contents, side: int, stem: Stem | None) -> Stem:
     stem = stem or fitting[0]
     if stem not in fitting:
         form = f"first convolution is {side}x{side}" + (", without a max-pool after it" if has_no_pool else "")
-        raise InputError(f"stem={stem} does not fit {path}, whose {form}", f"allowed: {', '.join(fitting)}; "
+        raise StemError(f"stem={stem} does not fit {path}, whose {form}", f"allowed: {', '.join(fitting)}; "
                          f"in a run: {' or '.join(f'--set pretrain.stem={one}' for one in fitting)}")
     return stem
 
