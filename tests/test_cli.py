@@ -146,7 +146,7 @@ def test_what_there_is_is_listed(tmp_path):
     said = call("list", "--data", tmp_path)
     assert said.code == 0 and said.err == "" and all(name in said.out for name in RECIPES)
     told = json.loads(call("list", "--json", "--data", tmp_path).out)
-    assert list(told) == ["recipes", "methods", "encoders", "data"]
+    assert list(told) == ["recipes", "methods", "encoders", "checkpoints", "data"]
     assert json.loads(call("list", "recipes", "--json").out)["recipes"].keys() == RECIPES.keys()
     assert "scan-cifar10" not in call("list", "data", "--data", tmp_path).out
 

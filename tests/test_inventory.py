@@ -18,7 +18,7 @@ from phyla.recipes import RECIPES, recipe
 
 def test_the_inventory_lists_every_recipe_and_data_set(tmp_path):
     found = inventory(tmp_path)
-    assert list(found) == ["recipes", "methods", "encoders", "data"]
+    assert list(found) == ["recipes", "methods", "encoders", "checkpoints", "data"]
     assert found["recipes"].keys() == RECIPES.keys() and found["data"].keys() == DATASETS.keys()
     assert all(line.strip() for entries in found.values() for line in entries.values())
     assert all("licence" in line or "CC BY" in line for line in found["encoders"].values())
@@ -49,7 +49,8 @@ def test_data_sets_are_found_where_they_are(tmp_path):
 
 def test_the_inventory_as_text_is_aligned(tmp_path):
     text = inventory_text(inventory(tmp_path))
-    assert [line for line in text.splitlines() if re.match(r"\w", line)] == ["recipes", "methods", "encoders", "data"]
+    titles = [line for line in text.splitlines() if re.match(r"\w", line)]
+    assert titles == ["recipes", "methods", "encoders", "checkpoints", "data"]
     assert re.search(r"\n  scan-digits +Cluster scikit-learn's", text) and not text.endswith("\n")
 
 
