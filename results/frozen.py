@@ -51,7 +51,8 @@ SEEDS = (0, 1, 2)
 MOST = dict.fromkeys(SETS, 10_000) | dict.fromkeys(UNSEEN, 5_000)
 SHOWN = 160  # pixels at which the encoders are shown the images, fewer than their own 224: twice as fast
 TITLES = {"kmeans": "k-means", "spherical": "spherical k-means", "temi": "TEMI", "turtle": "TURTLE", "scan": "SCAN",
-          "nnm": "NNM", "member": "best member", "consensus": "consensus", "agreement": "consensus, confidence of agreement"}
+          "nnm": "NNM", "member": "best member", "consensus": "consensus",
+          "agreement": "consensus, confidence of agreement"}
 SCORES = ("hungarian_accuracy", "nmi", "ari", "expected_calibration_error")
 
 Fitted = tuple[np.ndarray, float]
