@@ -19,10 +19,11 @@ from phyla.embed import embed
 from phyla.errors import InputError
 from phyla.importing import import_run, recipes_for
 from phyla.onnx_file import export_onnx
+from phyla.published import METRICS, published
 from phyla.recipes import RECIPES, recipe
 from phyla.recorded import recorded_pipeline
 from phyla.rundir import load_encoder
-from phyla.zoo import load_published
+from phyla.zoo import PublishedClusters, PublishedEncoder, load_published, told_by
 
 PLAIN = ("--set", "evaluate.kmeans_restarts=1")
 
@@ -105,6 +106,30 @@ def test_every_recipe_of_a_public_file_is_one_and_takes_that_kind_of_file() -> N
     ids = [known.file_id for known in CHECKPOINTS.values()]
     assert len(set(ids)) == len(ids)
     assert {each.recipe for known in CHECKPOINTS.values() for each in known.expected} - {""} <= set(RECIPES)
+
+
+def test_the_scores_of_scans_files_are_those_in_the_table_of_its_best_models() -> None:
+    rows = {(row.recipe, row.result): row.figures for row in published() if row.table == "README, best models"}
+    stages, compared = {"scan": "cluster", "selflabel": "refine"}, 0
+    for name, known in CHECKPOINTS.items():
+        if name.startswith("scan-") and known.layout in stages and name != "scan-cifar20-selflabel":  # another run's
+            figures = rows[known.expected[0].recipe, stages[known.layout]]
+            told = {METRICS[short][0]: figure.value / 100 for short, figure in figures.items()}
+            assert known.expected[0].values == {key: pytest.approx(told[key]) for key in known.expected[0].values}, name
+            compared += 1
+    assert compared == 12
+
+
+@pytest.mark.parametrize("method", [PublishedEncoder, PublishedClusters])
+def test_a_stage_knows_its_file_wherever_it_lies_and_whatever_is_said_of_it(tmp_path: Path, method: type) -> None:
+    first, second = tmp_path / "a" / "file", tmp_path / "b" / "file"
+    for path in (first, second):
+        path.parent.mkdir()
+    first.write_bytes(b"x")
+    shutil.copy2(first, second)
+    assert told_by(method(path=str(first))) == told_by(method(path=str(second), about="hello"))
+    second.write_bytes(b"longer")
+    assert told_by(method(path=str(first))) != told_by(method(path=str(second)))
 
 
 def test_the_list_of_public_files_says_what_they_are_and_score() -> None:

@@ -301,12 +301,14 @@ Taken = PublishedEncoder | PublishedClusters
 def told_by(method: object) -> tuple[dict[str, Any], list[str]]:
     """Return the options of a method by which its stage is known, and what its file adds: a name, size and time.
 
-    Where a published file lies does not count, so that a run folder can be moved with the file in it.
+    Where a published file lies does not count, so that a run folder can be moved with the file in it; nor does what is
+    said about it.
     """
     options = {"method": type(method).__name__} | asdict(method)  # type: ignore[call-overload]
     if not isinstance(method, Taken):
         return options, []
     path = method.checkpoint()
+    del options["about"]
     return options | {"path": path.name if method.path else ""}, [checkpoint_stamp(path)]
 
 
