@@ -27,7 +27,7 @@ UNSEEN = {("cifar100", "lite0,mobilenetv2"): "CIFAR-100 test", ("cifar10-train",
           ("fashion-mnist-train", "lite2"): "Fashion-MNIST train"}
 """Sets, and their encoders, whose scores nobody had looked at when defaults were settled."""
 METHODS = ("k-means", "spherical k-means", "TEMI", "TURTLE", "SCAN", "NNM", "best member", "consensus")
-PAIRS = "consensus, confidence of pairs"
+AGREEMENT = "consensus, confidence of agreement"
 ENCODERS = {"lite0,mobilenetv2": "EfficientNet-Lite0 and MobileNetV2 together", "lite0": "EfficientNet-Lite0",
             "mobilenetv2": "MobileNetV2"}
 SHOWN = "lite0,mobilenetv2"
@@ -188,8 +188,8 @@ def frozen_table(results: Path, columns: Mapping[tuple[str, str], str], score: s
     held = {(result["set"], result["encoder"]): result["rows"] for result in read}
     rows: dict[str, dict[str, Any]] = {title: {row["method"]: row["values"][score] for row in held[key]}
                                        for key, title in columns.items() if key in held}
-    calibrates = score == "expected_calibration_error"
-    methods = [method for method in (*METHODS, *[PAIRS] * calibrates) if any(method in row for row in rows.values())]
+    known = (*METHODS, AGREEMENT) if score == "expected_calibration_error" else METHODS
+    methods = [method for method in known if any(method in row for row in rows.values())]
     lines = ["| " + " | ".join(["method", *rows]) + " |", "| --- " * (len(rows) + 1) + "|"]
     for method in methods:
         cells = [_mean_and_spread(row[method], digits) if method in row else "" for row in rows.values()]
