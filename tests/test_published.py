@@ -13,6 +13,7 @@ from phyla.overrides import change, with_seed
 from phyla.pipeline import RESULTS, check_pipeline
 from phyla.published import METRICS, Figure, ablation, ablations, published, published_for
 from phyla.recipes import recipe
+from phyla.resulttables import asked_by
 
 ROWS = published()
 PAPERS = ("SCAN", "NNM", "RUC", "Super-AND", "TSUC")
@@ -44,7 +45,8 @@ def test_the_recipe_of_a_row_can_be_run_and_has_its_row(asked):
     assert experiment.is_as_named and not experiment.name.endswith(("-short", "-changed"))
     for row in published_for(*asked):
         assert pipeline.data.source == row.data
-        assert row.protocol in (protocol_of(pipeline), clustered_protocol(pipeline)), row
+        assert row.protocol in (protocol_of(pipeline), clustered_protocol(pipeline)) or asked_by(row).protocol, row
+        check_pipeline(asked_by(row).pipeline(0))
         if row.result in RESULTS:
             assert getattr(pipeline, row.result) is not None, row
         else:

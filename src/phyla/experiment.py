@@ -13,7 +13,7 @@ from phyla.asked import as_pair
 from phyla.errors import InputError, nearest
 from phyla.images.catalog import DATASETS, data_set_name, split_parts
 from phyla.overrides import change, with_seed
-from phyla.pipeline import Pipeline
+from phyla.pipeline import RESULTS, Pipeline
 from phyla.published import ablation as changes_of
 from phyla.recipes import recipe as pipeline_of
 
@@ -60,7 +60,7 @@ class Experiment:
 
     @property
     def is_as_named(self) -> bool:
-        """Whether it is the recipe with its ablation and nothing else, which is what published numbers are of."""
+        """Whether nothing is changed that has no name of its own: only then is it held against published numbers."""
         return _is_as_named(self)
 
     def told(self) -> str:
@@ -88,8 +88,7 @@ def _name(asked: Experiment) -> str:
     name = asked.told()
     if asked.is_short:
         return name if name.endswith("-short") else f"{name}-short"
-    unnamed = not asked.called and asked.pipeline(0).options() != asked.named().options()
-    return f"{name}-changed" if unnamed else name
+    return name if asked.called or asked.is_as_named else f"{name}-changed"
 
 
 @cache
@@ -99,7 +98,7 @@ def _is_short(asked: Experiment) -> bool:
 
 @cache
 def _is_as_named(asked: Experiment) -> bool:
-    return asked.pipeline(0).options() == asked.ablated().options()
+    return asked.pipeline(0).options() == asked.named().options()
 
 
 def _laid(pipeline: Pipeline, changes: Sequence[str]) -> Pipeline:
@@ -169,6 +168,17 @@ def with_selection(pipeline: Pipeline, selection: str) -> Pipeline:
     if hasattr(pipeline.refine, "keep"):
         pipeline = change(pipeline, "refine.keep", "last" if is_last else "better")
     return pipeline
+
+
+def selections(pipeline: Pipeline) -> dict[str, str]:
+    """Return what chooses the result of each stage that trains, last or label-free, by the title of the result."""
+    found = {}
+    for stage in RESULTS:
+        method = getattr(pipeline, stage)
+        chosen = getattr(method, "select", getattr(method, "keep", None))
+        if method is not None and (chosen is not None or stage == "robust"):
+            found[pipeline.title(stage)] = "last" if chosen in ("last", None) else "label-free"
+    return found
 
 
 def is_shorter(pipeline: Pipeline, whole: Pipeline) -> bool:

@@ -13,6 +13,7 @@ from phyla.images.catalog import DATASETS, found_splits
 from phyla.nets.frozen import FROZEN
 from phyla.nets.weights import find_weights_here
 from phyla.pipeline import PARTS, STAGES, Pipeline
+from phyla.published import Published, ablations, published
 from phyla.recipes import RECIPES
 from phyla.storage import read_json
 
@@ -93,7 +94,19 @@ def recipe_text(name: str, pipeline: Pipeline) -> str:
     lines = [inspect.getdoc(RECIPES[name]) or name, ""]
     for part in PARTS:
         lines += _options(part, getattr(pipeline, part))
+    known, rows = ablations(name), [row for row in published() if row.recipe == name]
+    if known:
+        lines += ["", "ablations, for `phyla reproduce`:"]
+        lines += [f"  {called}: {' '.join(changes)}" for called, changes in known.items()]
+    if rows:
+        lines += ["", "published, in percent:", *(f"  {told(row)}" for row in rows)]
     return "\n".join(lines)
+
+
+def told(row: Published) -> str:
+    """Return a published row as one line."""
+    ablation = f", --ablation {row.ablation}" if row.ablation else ""
+    return f"{row.method}: {row.numbers()} ({row.paper}, {row.table}; {row.protocol}{ablation})"
 
 
 def _options(prefix: str, value: object) -> list[str]:

@@ -38,6 +38,10 @@ class Figure:
     value: float
     sd: float | None = None
 
+    def text(self) -> str:
+        """Return ``87.6 ± 0.4``, or the number alone."""
+        return _digits(self.value) + (f" ± {_digits(self.sd)}" if self.sd is not None else "")
+
 
 @dataclass(frozen=True)
 class Published:
@@ -72,6 +76,11 @@ class Published:
     why: str
     source: str
     note: str
+
+    def numbers(self) -> str:
+        """Return every figure with the name of its metric."""
+        told = [f"{METRICS[key][1]} {figure.text()}" for key, figure in self.figures.items()]
+        return ", ".join(told) or "none published"
 
 
 @cache
@@ -127,6 +136,10 @@ def _row(told: dict[str, Any]) -> Published:
     if row.protocol not in get_args(Protocol):
         raise InputError(f"{row.paper}, {row.table}: protocol {row.protocol!r}", "published.toml")
     return row
+
+
+def _digits(value: float) -> str:
+    return f"{value:.1f}" if round(value, 1) == value else f"{value:g}"
 
 
 def _figure(told: float | list[float]) -> Figure:

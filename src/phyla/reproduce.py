@@ -9,8 +9,9 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from phyla.experiment import Experiment, clustered_protocol
-from phyla.pipeline import RESULTS, Pipeline, check_pipeline
+from phyla.errors import InputError
+from phyla.experiment import Experiment, clustered_protocol, selections
+from phyla.pipeline import Pipeline, check_pipeline
 from phyla.progress import track
 from phyla.results import RunResult, Scored, check_alike, read_results, without_paths, write_result
 from phyla.runner import Result, Runner
@@ -34,8 +35,11 @@ def reproduce(experiment: Experiment, seeds: Sequence[int], *, runs: Path, resul
     Raises
     ------
     InputError
-        ``results`` holds runs of the same name that differ in more than their seed; told before any work.
+        ``results`` holds runs of the same name that differ in more than their seed, or an option cannot be; told before
+        any work.
     """
+    if device.group.size > 1:
+        raise InputError("seeds are run by one process", "a run by several: phyla run RECIPE --seed N --devices 4")
     name = experiment.name
     for seed in seeds:
         check_pipeline(experiment.pipeline(seed))
@@ -80,20 +84,9 @@ def _result(experiment: Experiment, seed: int, outcome: Result, pipeline: Pipeli
 def _scored(row: Scores, pipeline: Pipeline) -> Scored:
     held_out = row.split == pipeline.data.held_out
     method, _, oracle = row.method.partition(" (oracle")
-    selection = "oracle" if oracle else _selections(pipeline).get(method, "")
+    selection = "oracle" if oracle else selections(pipeline).get(method, "")
     return Scored(row.method, row.split, "train-test" if held_out else clustered_protocol(pipeline), selection,
                   row.n_images, dict(row.values))
-
-
-def _selections(pipeline: Pipeline) -> dict[str, str]:
-    """Return what chose the result of each stage, by the title of the result."""
-    found = {}
-    for stage in RESULTS:
-        method = getattr(pipeline, stage)
-        chosen = getattr(method, "select", getattr(method, "keep", None))
-        if chosen is not None or stage == "robust":
-            found[pipeline.title(stage) if method else ""] = "last" if chosen in ("last", None) else "label-free"
-    return found
 
 
 def _without_folder(change: str) -> str:

@@ -26,7 +26,7 @@ class Scored:
     split : whose images
     protocol : train-test, train+test, on-train
     selection : last, label-free or oracle; empty where nothing was chosen
-    values : named scores
+    values : named scores; None for one that was not a finite number
     """
 
     method: str
@@ -34,7 +34,7 @@ class Scored:
     protocol: str
     selection: str
     n_images: int
-    values: Mapping[str, float]
+    values: Mapping[str, float | None]
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,15 @@ import re
 import shlex
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from phyla.errors import DataNotFoundError, InputError
-from phyla.experiment import Experiment
+from phyla.experiment import SELECTIONS, Experiment, clustered_protocol, protocol_of, selections
+from phyla.images.catalog import DATASETS
+from phyla.pipeline import RESULTS
 from phyla.published import METRICS, Published, published
 from phyla.results import RunResult, read_results
 from phyla.standings import Spread, spreads, standings
@@ -149,7 +152,7 @@ def command_of(results: Sequence[RunResult]) -> str:
 def published_table(results: Path, papers: Sequence[str] = ()) -> str:
     """Return the Markdown table of what some papers say, a row a number's row, with recipe and ours, or why not."""
     held = read_results(results)
-    lines = ["| where | method | data | published, percent | protocol, chosen by | runs | here | ours |",
+    lines = ["| table | method | data | published, percent | protocol, chosen by | runs | here | ours |",
              "| --- | --- | --- | --- | --- | --- | --- | --- |"]
     for row in published():
         if not papers or row.paper in papers:
@@ -157,25 +160,35 @@ def published_table(results: Path, papers: Sequence[str] = ()) -> str:
     return "\n".join(lines)
 
 
+def asked_by(row: Published) -> Experiment:
+    """Return what is run for a published row; its protocol and selection are named where the recipe has others."""
+    asked = Experiment(row.recipe, row.ablation)
+    pipeline = asked.pipeline(0)
+    if row.protocol not in (protocol_of(pipeline), clustered_protocol(pipeline)):
+        asked = replace(asked, protocol=row.protocol)
+    title = pipeline.title(row.result) if row.result in RESULTS else row.result
+    if row.selection in SELECTIONS and selections(pipeline).get(title, row.selection) != row.selection:
+        asked = replace(asked, selection=row.selection)
+    return asked
+
+
 def _cells(row: Published, held: Mapping[str, list[RunResult]]) -> Iterator[str]:
-    yield f"{row.paper}: {row.table}"
+    yield row.table
     yield row.method
-    yield ORDER.get(row.data, row.data)
-    yield ", ".join(f"{METRICS[key][1]} {figure.value:g}" + (f" ± {figure.sd:g}" if figure.sd is not None else "")
-                    for key, figure in row.figures.items())
+    yield DATASETS[row.data].title
+    yield row.numbers()
     yield f"{row.protocol}, {row.selection}"
     yield f"{row.of} of {row.seeds}" if row.seeds else row.of
-    ablation = f" --ablation {row.ablation}" if row.ablation else ""
-    yield f"`{row.recipe}{ablation}`" if row.recipe else row.why
-    yield ", ".join(_ours(row, held)) if row.recipe else ""
-
-
-def _ours(row: Published, held: Mapping[str, list[RunResult]]) -> Iterator[str]:
-    asked = Experiment(row.recipe, row.ablation)
+    if not row.recipe:
+        yield from (row.why, "")
+        return
+    asked = asked_by(row)
+    told = (("ablation", asked.ablation), ("protocol", asked.protocol), ("selection", asked.selection))
+    yield f"`{' '.join([row.recipe, *(f'--{option} {value}' for option, value in told if value)])}`"
     found = held.get(asked.name, [])
-    for standing in standings(asked, found) if found else ():
-        if standing.row is row and standing.ours is not None:
-            yield f"{METRICS[standing.metric][1]} {standing.ours.text(1)} ({standing.verdict})"
+    yield ", ".join(f"{METRICS[standing.metric][1]} {standing.ours.text(1)} ({standing.verdict})"
+                    for standing in (standings(asked, found) if found else ())
+                    if standing.row is row and standing.ours is not None)
 
 
 # ── frozen encoders ───────────────────────────────────────────────────────────────────────────────────────────────

@@ -134,13 +134,13 @@ def standing_lines(experiment: Experiment, results: Sequence[RunResult]) -> list
     theirs = [["published, in percent", "protocol", "chosen", "theirs", "ours", "band"]]
     for standing in standings(experiment, results):
         paper, figure = standing.row, standing.theirs
-        told = f"{figure.value:.1f}" + (f" ± {figure.sd:.1f}" if figure.sd is not None else "")
         theirs.append([f"{paper.method}, {METRICS[standing.metric][1]} ({paper.paper}, {paper.table})", paper.protocol,
-                       paper.selection, f"{told}{' (best run)' if paper.of == 'best' else ''}",
+                       paper.selection, f"{figure.text()}{' (best run)' if paper.of == 'best' else ''}",
                        standing.ours.text(1) if standing.ours else "-", standing.verdict])
     if len(theirs) > 1:
         lines += ["", *_aligned(theirs)]
-    return lines
+    rows = published_for(experiment.recipe, experiment.ablation)
+    return lines + [f"note      {note}" for note in dict.fromkeys(row.note for row in rows if row.note)]
 
 
 def standing_facts(experiment: Experiment, results: Sequence[RunResult]) -> dict[str, object]:
