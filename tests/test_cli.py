@@ -47,7 +47,7 @@ from phyla.recipes import RECIPES
 from phyla.training import loop
 
 VERBS = ("run", "pretrain", "embed", "neighbors", "cluster", "refine", "evaluate", "report", "predict", "export", "cut",
-         "list", "show", "import")
+         "reproduce", "list", "show", "import")
 
 
 @pytest.fixture
