@@ -38,7 +38,7 @@ FROZEN_SCORES = {"hungarian_accuracy": "Hungarian accuracy", "nmi": "NMI", "ari"
                  "expected_calibration_error": "expected calibration error", "seconds": "seconds, one thread"}
 KNN = re.compile(r"knn_accuracy_(\d+)(_memory|_recomputed)?")
 BANKS = {None: "the embeddings", "_memory": "the memory bank", "_recomputed": "the memory bank, recomputed"}
-BLOCK = re.compile(r"(<!-- (results|published|frozen results): begin(?: ([^(]+?))? \(written by `make table`\) -->\n)"
+BLOCK = re.compile(r"(<!-- (results|published|frozen results): begin(?: ([^(]+?))? \(written by `make table`\) -->)"
                    r".*?(\n<!-- results: end -->)", re.DOTALL)
 
 
@@ -71,16 +71,16 @@ def stale(results: Path) -> list[Path]:
 
 
 def written(page: str, results: Path, *, whole: bool = True) -> str:
-    """Return a page with each of its tables written anew; ``whole`` shows every encoder, not the best pair alone."""
+    """Return a page with each of its tables written anew; ``whole`` shows every row, not what each recipe ends in."""
     def block(found: re.Match[str]) -> str:
         words = (found[3] or "").split()
         if found[2] == "results":
-            text = results_table(results, words)
+            text = results_table(results, words) if whole else results_summary(results, words)
         elif found[2] == "published":
             text = published_table(results, words)
         else:
             text = frozen_tables(results) if whole else frozen_summary(results)
-        return f"{found[1]}{text}{found[4]}"
+        return f"{found[1]}\n{text}{found[4]}"
 
     return BLOCK.sub(block, page)
 
@@ -97,11 +97,7 @@ def results_table(results: Path, names: Sequence[str] = ()) -> str:
 
     A row that stands in several results is shown once: that of an encoder stands with every method that starts from it.
     """
-    held = {name: found for name, found in read_results(results).items()
-            if not names or any(fnmatchcase(name, pattern) for pattern in names)}
-    if not held:
-        raise InputError(f"no results in {results}" + (f" are called {' or '.join(names)}" if names else ""),
-                         "make some: phyla reproduce RECIPE --seeds 3")
+    held = _called(results, names)
     seen: set[str] = set()
     lines = ["| recipe | images | method | " + " | ".join(SCORES.values()) + " | kNN accuracy | seeds |",
              "| --- | --- | --- | " + "--- | " * len(SCORES) + "--- | --- |"]
@@ -114,6 +110,29 @@ def results_table(results: Path, names: Sequence[str] = ()) -> str:
                 seen.add(told)
     commands = [command_of(found) for found in held.values()]
     return "\n".join([*lines, "", "Each again:", "", "```", *commands, "```"])
+
+
+def results_summary(results: Path, names: Sequence[str] = ()) -> str:
+    """Return the Markdown table of what each of some results ends in, a line a name: its last row that saw no label."""
+    lines = ["| recipe | images | method | " + " | ".join(SCORES.values()) + " | seeds |", "| --- " * 7 + "|"]
+    for name, found in _called(results, names).items():
+        rows = [(row, values) for row, values in spreads(found)
+                if "hungarian_accuracy" in values and "oracle" not in row.method]
+        if rows:
+            row, values = rows[-1]
+            cells = [values[key].text() if key in values else "" for key in SCORES]
+            lines.append(f"| {name} | {row.n_images:,} {row.split} | {row.method} | " + " | ".join(cells)
+                         + f" | {len(found)} |")
+    return "\n".join(lines)
+
+
+def _called(results: Path, names: Sequence[str]) -> dict[str, list[RunResult]]:
+    held = {name: found for name, found in read_results(results).items()
+            if not names or any(fnmatchcase(name, pattern) for pattern in names)}
+    if not held:
+        raise InputError(f"no results in {results}" + (f" are called {' or '.join(names)}" if names else ""),
+                         "make some: phyla reproduce RECIPE --seeds 3")
+    return held
 
 
 def _lines(method: str, values: Mapping[str, Spread]) -> list[list[str]]:
