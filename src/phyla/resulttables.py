@@ -1,7 +1,8 @@
 """The tables of README and the documentation, written from the files of ``results/`` between markers.
 
 A page asks for a table by a pair of comments. ``results: begin scan-* nnm-digits`` takes the results of these names,
-all without a name; ``published: begin SCAN RUC`` what these papers say, beside ours; ``frozen results: begin`` what
+all without a name; ``side by side: begin nmi digits fashion-small`` one score of all methods, of the recipes whose name
+ends so; ``published: begin SCAN RUC`` what these papers say, beside ours; ``frozen results: begin`` what
 results/frozen.py measured of frozen encoders.
 """
 
@@ -38,8 +39,15 @@ FROZEN_SCORES = {"hungarian_accuracy": "Hungarian accuracy", "nmi": "NMI", "ari"
                  "expected_calibration_error": "expected calibration error", "seconds": "seconds, one thread"}
 KNN = re.compile(r"knn_accuracy_(\d+)(_memory|_recomputed)?")
 BANKS = {None: "the embeddings", "_memory": "the memory bank", "_recomputed": "the memory bank, recomputed"}
-BLOCK = re.compile(r"(<!-- (results|published|frozen results): begin(?: ([^(]+?))? \(written by `make table`\) -->)"
-                   r".*?(\n<!-- results: end -->)", re.DOTALL)
+SIDE_BY_SIDE = {"k-means on pixels": ("scan", "k-means on pixels"),
+                "SimCLR + k-means": ("scan", "k-means on embeddings"),
+                "SCAN": ("scan", "SCAN"), "SCAN + self-label": ("scan", "SCAN + self-label"),
+                "SCAN + self-label + RUC": ("ruc", "SCAN + self-label + RUC"), "NNM": ("nnm", "NNM"),
+                "Super-AND + k-means": ("superand", "Super-AND + k-means"), "TSUC": ("tsuc", "TSUC"),
+                "TSUC + RUC": ("ruc-tsuc", "TSUC + RUC")}
+"""The rows of all methods side by side: how the name of the recipe begins, and what its result calls the method."""
+BLOCK = re.compile(r"(<!-- (results|side by side|published|frozen results): begin(?: ([^(]+?))? "
+                   r"\(written by `make table`\) -->).*?(\n<!-- results: end -->)", re.DOTALL)
 
 
 def write_tables(results: Path) -> list[Path]:
@@ -76,6 +84,8 @@ def written(page: str, results: Path, *, whole: bool = True) -> str:
         words = (found[3] or "").split()
         if found[2] == "results":
             text = results_table(results, words) if whole else results_summary(results, words)
+        elif found[2] == "side by side":
+            text = side_by_side(results, words[0] if words else "hungarian_accuracy", words[1:])
         elif found[2] == "published":
             text = published_table(results, words)
         else:
@@ -133,6 +143,34 @@ def _called(results: Path, names: Sequence[str]) -> dict[str, list[RunResult]]:
         raise InputError(f"no results in {results}" + (f" are called {' or '.join(names)}" if names else ""),
                          "make some: phyla reproduce RECIPE --seeds 3")
     return held
+
+
+def side_by_side(results: Path, score: str, sets: Sequence[str]) -> str:
+    """Return the Markdown table of one score, a line a method and a column a set of images, and what runs it again.
+
+    ``sets`` are the ends of recipes' names, of which each method has one: scan-digits, nnm-digits.
+    """
+    held = read_results(results, [f"{begins}-{end}" for begins, _ in SIDE_BY_SIDE.values() for end in sets])
+    found = {(name, row.method, row.split): (row, values[score]) for name, of_seeds in held.items()
+             for row, values in spreads(of_seeds) if score in values}
+    columns = [(end, row.split, f"{end}, {row.n_images:,} {row.split}") for end in sets
+               for (name, method, _), (row, _) in found.items() if (name, method) == (f"scan-{end}", "SCAN")]
+    if not columns:
+        raise InputError(f"no results in {results} are called {' or '.join(f'scan-{end}' for end in sets)}",
+                         "make some: phyla reproduce RECIPE --seeds 3")
+    lines = ["| method | " + " | ".join(title for *_, title in columns) + " |", "| --- " * (len(columns) + 1) + "|"]
+    for title, (begins, method) in SIDE_BY_SIDE.items():
+        cells = [found.get((f"{begins}-{end}", method, split)) for end, split, _ in columns]
+        lines.append(f"| {title} | " + " | ".join(cell[1].text() if cell else "" for cell in cells) + " |")
+    return "\n".join([*lines, "", "All of it again:", "", "```", *_in_one_line(held), "```"])
+
+
+def _in_one_line(held: Mapping[str, list[RunResult]]) -> list[str]:
+    """Return the command that makes all results again, or one for each where they differ in more than the recipe."""
+    commands = [command_of(found) for found in held.values()]
+    recipes = [found[0].recipe for found in held.values()]
+    rest = {command.replace(f" {recipe} ", " $recipe ") for command, recipe in zip(commands, recipes, strict=True)}
+    return [f"for recipe in {' '.join(recipes)}; do {rest.pop()}; done"] if len(rest) == 1 else commands
 
 
 def _lines(method: str, values: Mapping[str, Spread]) -> list[list[str]]:
