@@ -3,9 +3,10 @@
 import pytest
 
 from phyla.errors import InputError
+from phyla.experiment import Experiment
 from phyla.recipes import recipe
 from phyla.results import RunResult, Scored, write_result
-from phyla.resulttables import side_by_side, written
+from phyla.resulttables import options_table, side_by_side, written
 
 METHODS = {"scan": {"k-means on pixels": 0.4, "k-means on embeddings": 0.5, "SCAN": 0.6, "SCAN + self-label": 0.7},
            "nnm": {"k-means on embeddings": 0.55, "NNM": 0.65}}
@@ -42,3 +43,19 @@ def test_a_page_names_the_score_and_the_sets(results):
     assert "| SCAN | 0.900 ± 0.000 | 0.900 ± 0.000 |" in page and "old" not in page and page.endswith("-->\nafter")
     with pytest.raises(InputError, match=r"are called scan-nothing.*phyla reproduce"):
         written(block.format("nmi nothing"), results)
+
+
+def test_options_stand_below_one_another(results):
+    row = Scored("SCAN", "train", "", "", 2000, {"hungarian_accuracy": 0.25, "nmi": 0.5})
+    for seed in (0, 1):
+        asked = Experiment("scan-fashion-small", "entropy-2")
+        write_result(RunResult(asked.name, asked.recipe, "entropy-2", "", "", (), seed, (row,), {}, {}, "bf16", "", {},
+                               asked.pipeline(seed).options()), results)
+    lines = options_table(results, ["scan-fashion-small"]).splitlines()
+    told = ["as it is | 2,000 train | SCAN | 0.610 ± 0.014 | 0.900 ± 0.000 | ",
+            "as it is | 2,000 test | SCAN | 0.510 ± 0.014 | 0.900 ± 0.000 | ",
+            "`cluster.entropy_weight=2`, in bf16 | 2,000 train | SCAN | 0.250 ± 0.000 | 0.500 ± 0.000 | "]
+    assert lines[2:5] == [f"| scan-fashion-small | {each} | 2 |" for each in told]
+    assert lines[-2] == "phyla reproduce scan-fashion-small --seeds 2 --ablation entropy-2 --precision bf16"
+    with pytest.raises(InputError, match="are of scan-nothing"):
+        options_table(results, ["scan-nothing"])

@@ -2,8 +2,8 @@
 
 A page asks for a table by a pair of comments. ``results: begin scan-* nnm-digits`` takes the results of these names,
 all without a name; ``side by side: begin nmi digits fashion-small`` one score of all methods, of the recipes whose name
-ends so; ``published: begin SCAN RUC`` what these papers say, beside ours; ``frozen results: begin`` what
-results/frozen.py measured of frozen encoders.
+ends so; ``options: begin scan-digits`` the results of these recipes by what was changed; ``published: begin SCAN
+RUC`` what these papers say, beside ours; ``frozen results: begin`` what results/frozen.py measured of frozen encoders.
 """
 
 import re
@@ -19,7 +19,7 @@ from phyla.errors import DataNotFoundError, InputError
 from phyla.experiment import SELECTIONS, Experiment, clustered_protocol, protocol_of, selections
 from phyla.images.catalog import DATASETS
 from phyla.pipeline import RESULTS
-from phyla.published import METRICS, Published, published
+from phyla.published import METRICS, Published, ablation, published
 from phyla.results import RunResult, read_results
 from phyla.standings import Spread, spreads, standings
 from phyla.storage import read_json, write_text
@@ -46,7 +46,7 @@ SIDE_BY_SIDE = {"k-means on pixels": ("scan", "k-means on pixels"),
                 "Super-AND + k-means": ("superand", "Super-AND + k-means"), "TSUC": ("tsuc", "TSUC"),
                 "TSUC + RUC": ("ruc-tsuc", "TSUC + RUC")}
 """The rows of all methods side by side: how the name of the recipe begins, and what its result calls the method."""
-BLOCK = re.compile(r"(<!-- (results|side by side|published|frozen results): begin(?: ([^(]+?))? "
+BLOCK = re.compile(r"(<!-- (results|side by side|options|published|frozen results): begin(?: ([^(]+?))? "
                    r"\(written by `make table`\) -->).*?(\n<!-- results: end -->)", re.DOTALL)
 
 
@@ -86,6 +86,8 @@ def written(page: str, results: Path, *, whole: bool = True) -> str:
             text = results_table(results, words) if whole else results_summary(results, words)
         elif found[2] == "side by side":
             text = side_by_side(results, words[0] if words else "hungarian_accuracy", words[1:])
+        elif found[2] == "options":
+            text = options_table(results, words)
         elif found[2] == "published":
             text = published_table(results, words)
         else:
@@ -171,6 +173,30 @@ def _in_one_line(held: Mapping[str, list[RunResult]]) -> list[str]:
     recipes = [found[0].recipe for found in held.values()]
     rest = {command.replace(f" {recipe} ", " $recipe ") for command, recipe in zip(commands, recipes, strict=True)}
     return [f"for recipe in {' '.join(recipes)}; do {rest.pop()}; done"] if len(rest) == 1 else commands
+
+
+def options_table(results: Path, recipes: Sequence[str]) -> str:
+    """Return the Markdown table of what changed options make of some recipes, and the commands below it.
+
+    A line is a change and a split, and its scores are those of the clustering, or of RUC where the recipe ends in it.
+    """
+    held = {name: found for name, found in read_results(results).items() if found[0].recipe in recipes}
+    if not held:
+        raise InputError(f"no results in {results} are of {' or '.join(recipes)}", "make some: phyla reproduce RECIPE")
+    lines = ["| recipe | changed | images | method | " + " | ".join(SCORES.values()) + " | seeds |", "| --- " * 8 + "|"]
+    for found in sorted(held.values(), key=lambda of: (recipes.index(of[0].recipe), of[0].name)):
+        asked = experiment_of(found[0])
+        pipeline = asked.pipeline(0)
+        title = pipeline.title("robust" if pipeline.robust else "cluster")
+        changes = [*(ablation(asked.recipe, asked.ablation) if asked.ablation else ()), *asked.changes]
+        changes += ["in bf16"] if found[0].precision == "bf16" else []
+        told = ", ".join(f"`{change}`" if "=" in change else change for change in changes) or "as it is"
+        for row, values in spreads(found):
+            if row.method == title:
+                cells = [values[key].text() if key in values else "" for key in SCORES]
+                lines.append(f"| {asked.recipe} | {told} | {row.n_images:,} {row.split} | {title} | "
+                             + " | ".join(cells) + f" | {len(found)} |")
+    return "\n".join([*lines, "", "Each again:", "", "```", *map(command_of, held.values()), "```"])
 
 
 def _lines(method: str, values: Mapping[str, Spread]) -> list[list[str]]:
