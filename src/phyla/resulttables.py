@@ -79,11 +79,11 @@ def stale(results: Path) -> list[Path]:
 
 
 def written(page: str, results: Path, *, whole: bool = True) -> str:
-    """Return a page with each of its tables written anew; ``whole`` shows every row, not what each recipe ends in."""
+    """Return a page with each of its tables written anew; ``whole`` shows every encoder, not the best pair alone."""
     def block(found: re.Match[str]) -> str:
         words = (found[3] or "").split()
         if found[2] == "results":
-            text = results_table(results, words) if whole else results_summary(results, words)
+            text = results_table(results, words)
         elif found[2] == "side by side":
             text = side_by_side(results, words[0] if words else "hungarian_accuracy", words[1:])
         elif found[2] == "options":
@@ -122,20 +122,6 @@ def results_table(results: Path, names: Sequence[str] = ()) -> str:
                 seen.add(told)
     commands = [command_of(found) for found in held.values()]
     return "\n".join([*lines, "", "Each again:", "", "```", *commands, "```"])
-
-
-def results_summary(results: Path, names: Sequence[str] = ()) -> str:
-    """Return the Markdown table of what each of some results ends in, a line a name: its last row that saw no label."""
-    lines = ["| recipe | images | method | " + " | ".join(SCORES.values()) + " | seeds |", "| --- " * 7 + "|"]
-    for name, found in _called(results, names).items():
-        rows = [(row, values) for row, values in spreads(found)
-                if "hungarian_accuracy" in values and "oracle" not in row.method]
-        if rows:
-            row, values = rows[-1]
-            cells = [values[key].text() if key in values else "" for key in SCORES]
-            lines.append(f"| {name} | {row.n_images:,} {row.split} | {row.method} | " + " | ".join(cells)
-                         + f" | {len(found)} |")
-    return "\n".join(lines)
 
 
 def _called(results: Path, names: Sequence[str]) -> dict[str, list[RunResult]]:
