@@ -1,6 +1,7 @@
 """Published checkpoints, written here in miniature with the published names, become our networks or are refused."""
 
 import os
+import pickle
 import zipfile
 from pathlib import Path
 
@@ -347,6 +348,13 @@ def test_something_else_under_the_name_is_damaged_or_refused(file: Path, data: b
     with pytest.raises((CorruptFileError, InputError)) as caught:
         load_published(file, stem="cifar")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("data", [b"<html>404</html>", b"hello", b"\x93NUMPY\x01\x00", pickle.dumps({"a": 1}, protocol=4)])
+def test_what_torch_did_not_write_is_said_to_be_that(file: Path, data: bytes) -> None:
+    file.write_bytes(data)
+    with pytest.raises(CorruptFileError, match=r"cannot be read \(torch did not write it, or it is damaged\)"):
+        load_published(file, stem="cifar")
 
 
 class Hostile:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import pickle
 import re
 import sys
 import time
@@ -265,6 +266,8 @@ def read_checkpoint(path: Path | str, *, hint: str, allowed: Sequence[Allowed] =
             raise InputError(f"{path} names {refused[1]}, which is code and not weights: it was refused and not run",
                              "use only files from a source you trust") from error
         told = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        if isinstance(error, pickle.UnpicklingError | KeyError):  # what torch says of it is about its own options
+            told = "torch did not write it, or it is damaged"
         raise CorruptFileError(f"{path} cannot be read ({told})", hint) from error
 
 
