@@ -350,7 +350,8 @@ def test_something_else_under_the_name_is_damaged_or_refused(file: Path, data: b
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("data", [b"<html>404</html>", b"hello", b"\x93NUMPY\x01\x00", pickle.dumps({"a": 1}, protocol=4)])
+@pytest.mark.parametrize("data", [b"<html>404</html>", b"hello", b"\x93NUMPY\x01\x00",
+                                  pickle.dumps({"a": 1}, protocol=4)])
 def test_what_torch_did_not_write_is_said_to_be_that(file: Path, data: bytes) -> None:
     file.write_bytes(data)
     with pytest.raises(CorruptFileError, match=r"cannot be read \(torch did not write it, or it is damaged\)"):
