@@ -11,6 +11,7 @@ from phyla.nets.heads import (
     ClusterHeads,
     ClusterNet,
     MixtureHeads,
+    NestedHeads,
     NormalizedHeads,
     Projection,
     SpaceProjection,
@@ -359,3 +360,12 @@ def test_heads_are_made_again_from_what_a_file_holds(heads: ClusterHeads | Mixtu
 def test_impossible_projections_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(InputError):
         SpaceProjection(**wrong)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.slow
+def test_nested_heads_are_traced_for_any_number_of_images():
+    heads = NestedHeads(ClusterHeads(4, 2).spec(), [0, 0, 0, 1, 1], [0, 1, 1, 2, 2])
+    traced = torch.export.export(heads, (torch.zeros(2, 4),), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    rows = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(traced.module()(rows), heads(rows))

@@ -292,7 +292,7 @@ class NestedHeads(nn.Module):
         near = nn.functional.linear(embeddings, self.weight, self.bias).to(outer.dtype)
         seated = near[:, self.table.clamp(min=0)].masked_fill(self.table < 0, -torch.inf)  # (B, clusters, most leaves)
         each = (outer[:, :, None] + seated.log_softmax(dim=2)).flatten(1)[:, self.place].exp()
-        summed = each.new_zeros(len(each), self._n_clusters).index_add(1, self.groups, each)
+        summed = each.new_zeros(each.shape[0], self._n_clusters).index_add(1, self.groups, each)  # len: no open batch
         return summed.clamp(min=torch.finfo(each.dtype).tiny).log()[None]
 
     def probabilities(self, embeddings: Float[Tensor, "batch features"]) -> Float[Tensor, "batch heads clusters"]:
