@@ -112,3 +112,8 @@ def test_one_bar_counts_the_fits():
 def test_impossible_options_are_refused(options, told):
     with pytest.raises(InputError, match=told):
         Members(**options).fit(TWO[0])
+
+
+def test_a_handful_of_images_is_scored_too():
+    found = Members(n_clusters=2, methods=("kmeans",), n_each=2).fit(TWO[0][::18])
+    assert found.labels_.shape == (5,) and len(found.rows_) == 2

@@ -107,7 +107,7 @@ class Members(ClusterMixin, BaseEstimator):
         """Rank the members, and choose the best of those whose parts are there and see all spaces."""
         labels = self.members_.argmax(axis=2)
         scores = np.atleast_1d(generalization_score(labels, embeddings, classifier="ridge", adjusted=True,
-                                                    max_images=self.max_scored))
+                                                    n_folds=min(10, labels.shape[1]), max_images=self.max_scored))
         self.rows_: list[dict[str, Any]] = []
         whole: dict[int, Estimator] = {}
         start = 0
