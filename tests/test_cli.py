@@ -305,6 +305,7 @@ MISTAKES = {
     "seed": ("run scan-digits --seed=-1", "seed must be from 0"),
     "size": ("run photos -k 2 --size 0", "size=0"),
     "recipe": ("run scan-cifr10", r"no recipe 'scan-cifr10'.*did you mean scan-cifar10\?"),
+    "nothing of this name": ("run nosuch", "there is no folder, file or recipe 'nosuch'"),
     "recipe without images": ("run scan-folder", "which images.*phyla run FOLDER"),
     "data set": ("run digits", "did you mean ruc-digits"),
     "option": ("run scan-digits --set cluster.entropy_wieght=2", "no option 'cluster.entropy_wieght'.*entropy_weight"),
