@@ -3,6 +3,7 @@
 And their files, in every layout, of networks so small that a test can make them.
 """
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -297,3 +298,13 @@ def write(path: Path, held: object, *, legacy: bool = False) -> Path:
     """Write a file in torch's present format, or in that before 1.6, in which the authors' files are."""
     torch.save(held, path, _use_new_zipfile_serialization=not legacy)
     return path
+
+
+class Hostile:
+    """Makes a folder when a careless reader loads it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.folder),)

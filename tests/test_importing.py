@@ -1,7 +1,6 @@
 """Every layout of the published files, made of networks in plain torch, becomes a run of its recipe or is refused."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import torch
 from sklearn.metrics import adjusted_rand_score
 
 import official
-from authors import LAYOUTS, Scan, filled, parallel, views, write
+from authors import LAYOUTS, Hostile, Scan, filled, parallel, views, write
 from commands import SMALL, Said, call, pictures
 from phyla.checkpoints import CHECKPOINTS
 from phyla.classifier import Classifier
@@ -199,16 +198,6 @@ def test_a_network_of_another_width_is_taken_and_said_so(tmp_path: Path) -> None
 
 
 # ---- files that are damaged, hostile or not there -------------------------------------------------------------------
-
-
-class Hostile:
-    """Makes a folder when a careless reader loads it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return os.mkdir, (str(self.folder),)
 
 
 @pytest.mark.parametrize("legacy", [False, True])

@@ -4,7 +4,6 @@ The network is that in ``authors.py``; nothing of it is phyla's.
 """
 
 import json
-import os
 import pickle
 import types
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from authors import HELD_SOBEL, Paper
+from authors import HELD_SOBEL, Hostile, Paper
 from phyla.errors import CorruptFileError, InputError
 from phyla.images.augment import Views
 from phyla.nets.heads import Projection
@@ -532,16 +531,6 @@ def test_a_truncated_file_is_damaged(file: Path, legacy: bool, share: float) -> 
     file.write_bytes(data[: int(share * len(data))])
     with pytest.raises(CorruptFileError, match=r"^[^\n]*cannot be read [^\n]*hint: fetch the file again$"):
         load_published(file)
-
-
-class Hostile:
-    """Makes a folder when a careless reader loads it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return os.mkdir, (str(self.folder),)
 
 
 @pytest.mark.parametrize("legacy", [True, False])

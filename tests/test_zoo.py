@@ -1,6 +1,5 @@
 """Published checkpoints, written here in miniature with the published names, become our networks or are refused."""
 
-import os
 import pickle
 import zipfile
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from sklearn.base import clone
 from torch import Tensor, nn
 
+from authors import Hostile
 from phyla.embed import embed
 from phyla.errors import CorruptFileError, DataNotFoundError, InputError
 from phyla.images.augment import Views
@@ -356,16 +356,6 @@ def test_what_torch_did_not_write_is_said_to_be_that(file: Path, data: bytes) ->
     file.write_bytes(data)
     with pytest.raises(CorruptFileError, match=r"cannot be read \(torch did not write it, or it is damaged\)"):
         load_published(file, stem="cifar")
-
-
-class Hostile:
-    """Makes a folder when a careless reader loads it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return os.mkdir, (str(self.folder),)
 
 
 @pytest.mark.parametrize("legacy", [False, True])

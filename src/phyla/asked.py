@@ -4,11 +4,10 @@ import logging
 import os
 import shlex
 from collections.abc import Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
-from phyla.errors import DataNotFoundError, InputError
+from phyla.errors import DataNotFoundError, InputError, closest
 from phyla.images.folders import default_size, walk
 from phyla.images.stored import FileList
 from phyla.nets.weights import default_encoder
@@ -143,7 +142,7 @@ def as_pair(text: str) -> tuple[str, str]:
 def _missing(what: str) -> Pipeline:
     if "/" in what or os.sep in what or Path(what).suffix:
         raise DataNotFoundError(f"there is no folder or file {what}", "check the path; quote it if it holds spaces")
-    if not get_close_matches(what, list(RECIPES), n=1, cutoff=0.5):
+    if closest(what, list(RECIPES)) is None:
         raise DataNotFoundError(f"there is no folder, file or recipe {what!r}",
                                 "check the name and where you are; phyla list recipes shows the recipes")
     return recipe(what)

@@ -56,9 +56,14 @@ class CollapseWarning(PhylaWarning):
     """Clusters became empty, or all images fell into one."""
 
 
-def nearest(word: str, allowed: list[str]) -> str:
-    """Return a hint that offers the nearest allowed name, or lists the allowed ones."""
+def closest(word: str, allowed: list[str]) -> str | None:
+    """Return the allowed name that ``word`` is probably meant to be; None when none is like it."""
     from difflib import get_close_matches
 
-    close = get_close_matches(word, allowed, n=1, cutoff=0.5)
-    return f"did you mean {close[0]}?" if close else "allowed: " + ", ".join(sorted(allowed))
+    return next(iter(get_close_matches(word, allowed, n=1, cutoff=0.5)), None)
+
+
+def nearest(word: str, allowed: list[str]) -> str:
+    """Return a hint that offers the nearest allowed name, or lists the allowed ones."""
+    close = closest(word, allowed)
+    return f"did you mean {close}?" if close is not None else "allowed: " + ", ".join(sorted(allowed))

@@ -54,7 +54,7 @@ def scan_fashion_small() -> Pipeline:
 
     Paper: SCAN (van Gansbeke et al. 2020) at a small size; the settings are ours.
     Command: phyla run scan-fashion-small            Cost: minutes on one core.
-    Expected: see results/scan-fashion-small.json, and docs/concepts/methods-side-by-side.md for all methods.
+    Expected: see results/scan-fashion-small/, and docs/concepts/methods-side-by-side.md for all methods.
     """
     return _scan(_FASHION)
 
@@ -62,7 +62,7 @@ def scan_fashion_small() -> Pipeline:
 def scan_cifar10_small() -> Pipeline:
     """Cluster 2,000 images of CIFAR-10 at 24 pixels with SCAN and self-labelling; see scan-fashion-small.
 
-    Expected: see results/scan-cifar10-small.json; far below scan-cifar10.
+    Expected: see results/scan-cifar10-small/; far below scan-cifar10.
     """
     return _scan(_CIFAR10)
 
@@ -71,7 +71,7 @@ def nnm_fashion_small() -> Pipeline:
     """Cluster 2,000 images of Fashion-MNIST with NNM from scan-fashion-small's encoder; the settings are ours.
 
     Command: phyla run nnm-fashion-small            Cost: minutes on one core.
-    Expected: see results/nnm-fashion-small.json.
+    Expected: see results/nnm-fashion-small/.
     """
     return _nnm(_FASHION)
 
@@ -79,7 +79,7 @@ def nnm_fashion_small() -> Pipeline:
 def nnm_cifar10_small() -> Pipeline:
     """Cluster 2,000 images of CIFAR-10 with NNM from scan-cifar10-small's encoder; see nnm-fashion-small.
 
-    Expected: see results/nnm-cifar10-small.json; far below nnm-cifar10.
+    Expected: see results/nnm-cifar10-small/; far below nnm-cifar10.
     """
     return _nnm(_CIFAR10)
 
@@ -88,7 +88,7 @@ def ruc_fashion_small() -> Pipeline:
     """Learn the result of scan-fashion-small anew with RUC; the settings are ours.
 
     Command: phyla run ruc-fashion-small            Cost: minutes on one core.
-    Expected: see results/ruc-fashion-small.json.
+    Expected: see results/ruc-fashion-small/.
     """
     return _ruc(_scan(_FASHION), _FASHION, "ruc")
 
@@ -96,7 +96,7 @@ def ruc_fashion_small() -> Pipeline:
 def ruc_cifar10_small() -> Pipeline:
     """Learn the result of scan-cifar10-small anew with RUC; see ruc-fashion-small.
 
-    Expected: see results/ruc-cifar10-small.json; far below ruc-scan-cifar10.
+    Expected: see results/ruc-cifar10-small/; far below ruc-scan-cifar10.
     """
     return _ruc(_scan(_CIFAR10), _CIFAR10, "ruc")
 
@@ -105,7 +105,7 @@ def superand_fashion_small() -> Pipeline:
     """Embed 2,000 images of Fashion-MNIST with Super-AND, and cluster the embeddings by k-means; the settings are ours.
 
     Command: phyla run superand-fashion-small            Cost: minutes on one core.
-    Expected: see results/superand-fashion-small.json.
+    Expected: see results/superand-fashion-small/.
     """
     return _superand(_FASHION)
 
@@ -113,7 +113,7 @@ def superand_fashion_small() -> Pipeline:
 def superand_cifar10_small() -> Pipeline:
     """Embed 2,000 images of CIFAR-10 with Super-AND, and cluster them by k-means; see superand-fashion-small.
 
-    Expected: see results/superand-cifar10-small.json; far below superand-cifar10.
+    Expected: see results/superand-cifar10-small/; far below superand-cifar10.
     """
     return _superand(_CIFAR10)
 
@@ -122,7 +122,7 @@ def tsuc_fashion_small() -> Pipeline:
     """Cluster 2,000 images of Fashion-MNIST with both stages of TSUC; the settings are ours.
 
     Command: phyla run tsuc-fashion-small            Cost: minutes on one core.
-    Expected: see results/tsuc-fashion-small.json.
+    Expected: see results/tsuc-fashion-small/.
     """
     return _tsuc(_FASHION)
 
@@ -130,7 +130,7 @@ def tsuc_fashion_small() -> Pipeline:
 def tsuc_cifar10_small() -> Pipeline:
     """Cluster 2,000 images of CIFAR-10 with both stages of TSUC; see tsuc-fashion-small.
 
-    Expected: see results/tsuc-cifar10-small.json; far below tsuc-cifar10.
+    Expected: see results/tsuc-cifar10-small/; far below tsuc-cifar10.
     """
     return _tsuc(_CIFAR10)
 
@@ -139,7 +139,7 @@ def ruc_tsuc_fashion_small() -> Pipeline:
     """Learn the result of tsuc-fashion-small anew with RUC; the settings are ours.
 
     Command: phyla run ruc-tsuc-fashion-small            Cost: minutes on one core.
-    Expected: see results/ruc-tsuc-fashion-small.json.
+    Expected: see results/ruc-tsuc-fashion-small/.
     """
     return _ruc(_tsuc(_FASHION), _FASHION, "ruc-tsuc")
 
@@ -147,7 +147,7 @@ def ruc_tsuc_fashion_small() -> Pipeline:
 def ruc_tsuc_cifar10_small() -> Pipeline:
     """Learn the result of tsuc-cifar10-small anew with RUC; see ruc-tsuc-fashion-small.
 
-    Expected: see results/ruc-tsuc-cifar10-small.json; far below ruc-tsuc-cifar10.
+    Expected: see results/ruc-tsuc-cifar10-small/; far below ruc-tsuc-cifar10.
     """
     return _ruc(_tsuc(_CIFAR10), _CIFAR10, "ruc-tsuc")
 
